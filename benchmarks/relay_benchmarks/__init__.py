@@ -1,0 +1,1 @@
+"""Benchmarks: stock and relay measured in one run, results kept as rows."""

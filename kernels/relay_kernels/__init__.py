@@ -1,0 +1,1 @@
+"""Operators of vllm-relay. Knows no vLLM and no HTTP."""

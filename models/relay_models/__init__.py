@@ -1,0 +1,1 @@
+"""Models served beside and inside the engine. Knows no vLLM and no HTTP."""

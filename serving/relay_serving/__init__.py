@@ -1,0 +1,1 @@
+"""The server: command line, HTTP routes and the vLLM plugins."""

@@ -1,0 +1,46 @@
+"""Entry point of the group ``vllm.general_plugins``: puts relay's attention backend in the place of vLLM's.
+
+vLLM calls `register` in every one of its processes, sometimes twice. Without being asked for by name it does nothing:
+vLLM loads every plugin it finds when VLLM_PLUGINS is unset, and installing a package must not change a plain
+``vllm serve``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from relay_serving import plugin_names
+from relay_serving.settings import CpuKernel, RelaySettings
+
+BACKEND_PATH = "relay_serving.vllm_plugin.attention_backend.RelayCPUBackend"
+
+logger = logging.getLogger("vllm.relay")
+
+
+def is_asked_for() -> bool:
+    """Whether VLLM_PLUGINS names relay and VLLM_RELAY does not switch it off. Raises SettingError."""
+    named = [name.strip() for name in os.environ.get(plugin_names.VARIABLE, "").split(",")]
+    return plugin_names.OUR_NAME in named and RelaySettings.from_environment().enabled
+
+
+def register() -> None:
+    """Override vLLM's CPU attention backend in this process, if relay is asked for."""
+    if not is_asked_for():
+        return
+    if RelaySettings.from_environment().cpu_kernel == CpuKernel.TRITON:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
+    from vllm.platforms import current_platform
+
+    from relay_serving.vllm_plugin.counters import run_id
+
+    run_id()  # made before vLLM starts its other processes, which inherit it
+    if not current_platform.is_cpu():
+        logger.warning(
+            "RelayAttention has no kernels for platform %r in this release: vLLM's own attention serves every layer.",
+            current_platform.device_name,
+        )
+        return
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)

@@ -1,0 +1,74 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints what each takes of its shared memory.
+
+Run as a script, without TRITON_INTERPRET, by test_triton_compiles.py: an interpreted process cannot compile.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from relay_kernels.relay_attention.triton_relay import HEADS_PER_MERGE, attend_kernel, default_tiles, merge_kernel
+
+WARP_SIZE = 32
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def compile_kernel(
+    kernel: Any, dtype: torch.dtype, constants: dict[str, Any], capability: int, **options: int
+) -> dict[str, Any]:
+    """Sizes of the machine code and of the shared memory of one kernel."""
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in ("p_query", "p_key", "p_value", "p_out"):
+            return f"*{NAMES[dtype]}"
+        if name.startswith(("p_partial", "p_lse")):
+            return "*fp32"
+        if name.startswith("p_"):
+            return "*i32"
+        return "fp32" if name == "scale_log2" else "i64"
+
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP_SIZE), options=options)
+    return {"code_bytes": len(compiled.asm["cubin"]), "shared_bytes": compiled.metadata.shared}
+
+
+def main(dtype_name: str, head_size: int, capability: int) -> None:
+    dtype = {name: dtype for dtype, name in NAMES.items()}[dtype_name]
+    tiles = default_tiles(head_size, dtype)
+    head = {"HEAD_SIZE": head_size, "PADDED_HEAD_SIZE": triton.next_power_of_2(head_size)}
+    report = {
+        f"attend {size}": compile_kernel(
+            attend_kernel,
+            dtype,
+            {
+                **head,
+                "NUM_KV_HEADS": 8,
+                "HEADS_PER_KV_HEAD": 3,
+                "CACHE_BLOCK_SIZE": 16,
+                "TILE_ROWS": tile.rows,
+                "TILE_KEYS": tile.keys,
+            },
+            capability,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        for size, tile in (("small", tiles.small), ("large", tiles.large))
+    }
+    merge_constants = {**head, "NUM_HEADS": 24, "TILE_HEADS": HEADS_PER_MERGE, "WANTS_LSE": True}
+    report["merge"] = compile_kernel(merge_kernel, dtype, merge_constants, capability, num_warps=4)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
