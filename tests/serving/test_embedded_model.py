@@ -98,8 +98,8 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch):
         embedded_model.prepare()
 
 
-# `vllm-relay prepare` with a wheel and a conversion that take no network and no time, but are processes, as the real ones
-# are: each says that it is at work, and stays there if it is told to.
+# `vllm-relay prepare` with a wheel and a conversion that take no network and no time, but are processes, as the
+# real ones are: each says that it is at work, and stays there if it is told to.
 PREPARE = """
 import sys
 from pathlib import Path
@@ -158,7 +158,7 @@ def prepare_apart(tmp_path, make_environment):
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         )
         return begun[-1]
 
