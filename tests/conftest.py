@@ -77,8 +77,8 @@ def wait_until_ready(server: RelayServer) -> None:
 
 @pytest.fixture(scope="session")
 def relay_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayServer]:
-    """The embedded model served with every default, started once."""
-    with serving(tmp_path_factory.mktemp("relay_server") / "server.log") as server:
+    """The embedded model, started once. Not compiled, which takes minutes where nothing was compiled before."""
+    with serving(tmp_path_factory.mktemp("relay_server") / "server.log", "--enforce-eager") as server:
         yield server
 
 

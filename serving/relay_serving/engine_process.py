@@ -8,10 +8,14 @@ imports this module again, so nothing heavy is imported at its top.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from typing import Any, NoReturn
 
@@ -22,6 +26,7 @@ from relay_serving.start_failure import in_one_line
 from relay_serving.vllm_plugin import register
 
 _PR_SET_PDEATHSIG = 1
+_GRACE_SECONDS = 6.0  # between the supervisor's death and the end of the process group
 
 
 class Status:
@@ -110,6 +115,9 @@ def _settle(args: argparse.Namespace, status: Status) -> RelaySettings:
     """Our settings and defaults, into vLLM's arguments."""
     from vllm.platforms import current_platform
 
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        preflight.check_library(preflight.CPU_LIBRARY)
     settings = settle_relay(args)
     if settings.enabled:
         _check_relay(status)
@@ -117,7 +125,7 @@ def _settle(args: argparse.Namespace, status: Status) -> RelaySettings:
     chosen = start_defaults.apply(
         args,
         embedded_name=embedded_model.SERVED_NAME if embedded else None,
-        on_cpu=current_platform.is_cpu(),
+        on_cpu=on_cpu,
         available_bytes=start_defaults.available_memory(),
     )
     for line in chosen:
@@ -187,12 +195,18 @@ def _message_of(error: BaseException) -> str:
 
 
 def _die_with_the_supervisor() -> None:
-    """If the supervisor is killed outright, this process gets SIGTERM. Linux only."""
+    """If the supervisor is killed outright, this process gets SIGTERM, and soon after its group SIGKILL. Linux only."""
     if sys.platform == "linux":
-        import ctypes
-        import signal
-
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        threading.Thread(target=_outlive_briefly, args=(os.getppid(),), daemon=True).start()
+
+
+def _outlive_briefly(supervisor: int) -> None:
+    """vLLM may be in the middle of a start, which SIGTERM does not always end; nobody else is left to see to it."""
+    while os.getppid() == supervisor:
+        time.sleep(0.5)
+    time.sleep(_GRACE_SECONDS)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ RelayServingError                 exit status 1
 │   ├── SettingError                 a relay setting, wherever it came from
 │   ├── ModelNotFoundError           neither a folder here nor the shape of a hub id
 │   └── PortUnavailableError         in use, or not ours to bind
+├── SystemLibraryError            vLLM needs a library that this machine lacks
 ├── EmbeddedModelError            the built-in model could not be fetched, verified or converted
 └── EngineStartError              vLLM itself gave up; carries its own reason
 
@@ -32,6 +33,10 @@ class ModelNotFoundError(UsageError):
 
 
 class PortUnavailableError(UsageError):
+    pass
+
+
+class SystemLibraryError(RelayServingError):
     pass
 
 

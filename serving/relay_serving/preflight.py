@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 
-from relay_serving.errors import ModelNotFoundError, PortUnavailableError
+from relay_serving.errors import ModelNotFoundError, PortUnavailableError, SystemLibraryError
+
+CPU_LIBRARY = "libnuma.so.1"  # vLLM's CPU kernels are linked with it, and its wheel does not bring it
 
 
 def check_model(model: str | None) -> None:
@@ -31,3 +34,14 @@ def check_port(host: str, port: int) -> None:
                 f"cannot listen on {host or '0.0.0.0'}:{port}: {error.strerror or error}; "
                 "stop what is using it or pass another --port (or --host)"
             ) from error
+
+
+def check_library(name: str) -> None:
+    """A system library vLLM cannot do without; it would only warn, and fail later. Raises SystemLibraryError."""
+    try:
+        ctypes.CDLL(name)
+    except OSError as error:
+        raise SystemLibraryError(
+            f"vLLM's CPU kernels need the system library {name}, which does not load ({error}); "
+            "install it (Debian, Ubuntu: apt-get install libnuma1; Fedora: dnf install numactl-libs)"
+        ) from error

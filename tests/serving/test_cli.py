@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay_serving import cli, engine_process, plugin_names, preflight, relay_flags, start_defaults
-from relay_serving.errors import ModelNotFoundError, PortUnavailableError, RelayServingError, UsageError
+from relay_serving.errors import (
+    ModelNotFoundError,
+    PortUnavailableError,
+    RelayServingError,
+    SystemLibraryError,
+    UsageError,
+)
 from relay_serving.settings import VARIABLES, CpuKernel, RelaySettings
 from relay_serving.supervisor import Listening
 
@@ -319,6 +325,12 @@ def test_a_hub_id_is_left_to_vllm():
 def test_a_port_in_use_is_named(unused_port_holder):
     with pytest.raises(PortUnavailableError, match=rf"127\.0\.0\.1:{unused_port_holder}: Address already in use; stop"):
         preflight.check_port("127.0.0.1", unused_port_holder)
+
+
+def test_a_missing_system_library_is_named_with_what_brings_it():
+    preflight.check_library(preflight.CPU_LIBRARY)
+    with pytest.raises(SystemLibraryError, match=r"need the system library libgone\.so\.1, .*apt-get install libnuma1"):
+        preflight.check_library("libgone.so.1")
 
 
 @pytest.fixture

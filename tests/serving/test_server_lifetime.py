@@ -67,6 +67,7 @@ def test_a_port_in_use(environment):
     assert_one_clear_line(result, f"127.0.0.1:{port}", "Address already in use", "--port")
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_the_kv_cache(environment, free_port):
     flags = ("--enforce-eager", "--kv-cache-memory-bytes", "4M", "--port", str(free_port))
     result = run_to_failure(environment, *flags)
@@ -117,10 +118,9 @@ def wait_for(log: Path, text: str, server: subprocess.Popen[bytes]) -> None:
 @pytest.mark.parametrize(
     ("stage", "number", "status"),
     [
-        ("Initializing a V1 LLM engine", signal.SIGTERM, 128 + signal.SIGTERM),
-        ("vllm-relay: ready on", signal.SIGINT, 0),
+        pytest.param("Initializing a V1 LLM engine", signal.SIGTERM, 128 + signal.SIGTERM, id="sigterm-while-starting"),
+        pytest.param("vllm-relay: ready on", signal.SIGINT, 0, id="ctrl-c-while-serving", marks=pytest.mark.slow),
     ],
-    ids=["sigterm-while-starting", "ctrl-c-while-serving"],
 )
 def test_a_signal_ends_every_process_within_seconds(environment, tmp_path, free_port, stage, number, status):
     log = tmp_path / "server.log"

@@ -12,6 +12,7 @@ for tests) writes an unpacked one, which vLLM's kernel could not read: there, re
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -20,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm import envs
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionLayer, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -162,7 +164,9 @@ class RelayCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.settings = RelaySettings.from_additional_config(vllm_config.additional_config)
         self.counters = _counters_of(vllm_config)
-        self.refusal = group_refusal(kv_cache_spec, vllm_config, self.isa)
+        self.refusal = group_refusal(kv_cache_spec, vllm_config, self.isa) or common_refusal(
+            get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).values()
+        )
         self.kernel = self.settings.cpu_kernel
         if self.kernel in (CpuKernel.AUTO, CpuKernel.CPP):
             self.refusal = self.refusal or _compiled_kernel_refusal(self.isa, self.kernel == CpuKernel.CPP)
@@ -344,6 +348,12 @@ def layer_refusal(impl: CPUAttentionBackendImpl) -> str | None:
     if not impl.scale > 0:
         return "scale"
     return None
+
+
+def common_refusal(layers: Iterable[object]) -> str | None:
+    """Why none of a group's layers can be relayed, so that its steps need no plan; None where one of them can."""
+    refusals = [getattr(getattr(layer, "impl", None), "refusal", None) for layer in layers]
+    return refusals[0] if refusals and all(refusals) else None
 
 
 def step_refusal(common: CommonAttentionMetadata) -> str | None:
