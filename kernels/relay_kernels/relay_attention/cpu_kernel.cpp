@@ -146,6 +146,51 @@ inline __m512 exp2_vector(__m512 x) {
     return _mm512_scalef_ps(p, x);  // scalef takes the floor of its exponent
   }
 }
+#else
+// The same for compilers that vectorise plain loops: no calls, no branches. 2^-127 and less are 0; NaN stays NaN.
+inline float exp2_lane(float x) {
+  constexpr float kToInteger = 0x1.8p23f;  // x + this - this is x rounded, and the low bits of the sum are that integer
+  x = x < -127.0f ? -127.0f : x;
+  const float shifted = x + kToInteger;
+  const float f = x - (shifted - kToInteger);
+  float p = 0x1.41d334p-13f;
+  p = p * f + 0x1.5f456ap-10f;
+  p = p * f + 0x1.3b2dbcp-7f;
+  p = p * f + 0x1.c6aed4p-5f;
+  p = p * f + 0x1.ebfbdap-3f;
+  p = p * f + 0x1.62e430p-1f;
+  p = p * f + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits - 0x4B400000u + 127u) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+// Eight partial results, because a compiler may not reorder a sum of floats by itself.
+inline float highest_of(const float* values, int count) {
+  float lanes[8];
+  for (float& lane : lanes) lane = kMinusInf;
+  int i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int j = 0; j < 8; ++j) lanes[j] = lanes[j] < values[i + j] ? values[i + j] : lanes[j];
+  float highest = kMinusInf;
+  for (; i < count; ++i) highest = std::max(highest, values[i]);
+  for (float lane : lanes) highest = std::max(highest, lane);
+  return highest;
+}
+
+inline float sum_of(const float* values, int count) {
+  float lanes[8] = {};
+  int i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int j = 0; j < 8; ++j) lanes[j] += values[i + j];
+  float sum = 0.0f;
+  for (; i < count; ++i) sum += values[i];
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
 #endif
 
 // One row of scores -> probabilities relative to the running maximum, in base 2.
@@ -259,20 +304,16 @@ inline float softmax_row(RowState& state, float* __restrict__ scores, void* prob
   }
   state.sum = state.sum * rescale + _mm512_reduce_add_ps(sum);
 #else
-  float highest = kMinusInf;
-  for (int i = 0; i < valid; ++i) highest = std::max(highest, scores[i]);
-  const float maximum = std::max(state.maximum, highest * scale_log2);
+  const float maximum = std::max(state.maximum, highest_of(scores, valid) * scale_log2);
   if (maximum == kMinusInf) return softmax_of_nothing<to_bf16>(state, scores, probabilities, count, valid);
   const float rescale = state.maximum == maximum ? 1.0f : std::exp2(state.maximum - maximum);
-  float sum = 0.0f;
-  for (int i = 0; i < count; ++i) {
-    const float p = i < valid ? std::exp2(scores[i] * scale_log2 - maximum) : 0.0f;
-    sum += p;
-    if constexpr (to_bf16) {
-      static_cast<uint16_t*>(probabilities)[i] = float_to_bf16(p);
-    } else {
-      static_cast<float*>(probabilities)[i] = p;
-    }
+  for (int i = 0; i < valid; ++i) scores[i] = exp2_lane(scores[i] * scale_log2 - maximum);
+  for (int i = valid; i < count; ++i) scores[i] = 0.0f;
+  const float sum = sum_of(scores, count);
+  if constexpr (to_bf16) {
+    for (int i = 0; i < count; ++i) static_cast<uint16_t*>(probabilities)[i] = float_to_bf16(scores[i]);
+  } else {
+    std::memcpy(probabilities, scores, count * sizeof(float));
   }
   state.sum = state.sum * rescale + sum;
 #endif
@@ -333,8 +374,15 @@ inline void finish_rows(const RelayArguments& a, const Item& item, const Scratch
 
 // ------------------------------------------------------------------------------ planes layout: any dtype, float math
 
-// c[rows, columns] (+)= a[rows, depth] x b[depth, columns]; a tile of R rows by 16 * V columns in registers.
-typedef float Vector __attribute__((vector_size(64), aligned(4)));
+// A tile and its operands must fit the registers: 32 of 16 floats, or 16 of 8.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTallTile = 8;
+#else
+constexpr int kLanes = 8, kTallTile = 6;
+#endif
+typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+// c[rows, columns] (+)= a[rows, depth] x b[depth, columns]; a tile of R rows by kLanes * V columns in registers.
 
 template <int R, int V>
 inline void tile_product(float* __restrict__ c, int64_t ldc, const float* __restrict__ a, int64_t lda,
@@ -342,25 +390,25 @@ inline void tile_product(float* __restrict__ c, int64_t ldc, const float* __rest
   Vector acc[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v)
-      acc[r][v] = accumulate ? *reinterpret_cast<const Vector*>(c + r * ldc + v * 16) : Vector{};
+      acc[r][v] = accumulate ? *reinterpret_cast<const Vector*>(c + r * ldc + v * kLanes) : Vector{};
   for (int k = 0; k < depth; ++k) {
     Vector right[V];
-    for (int v = 0; v < V; ++v) right[v] = *reinterpret_cast<const Vector*>(b + k * ldb + v * 16);
+    for (int v = 0; v < V; ++v) right[v] = *reinterpret_cast<const Vector*>(b + k * ldb + v * kLanes);
     for (int r = 0; r < R; ++r) {
       const float left = a[r * lda + k];
       for (int v = 0; v < V; ++v) acc[r][v] += left * right[v];
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(c + r * ldc + v * 16) = acc[r][v];
+    for (int v = 0; v < V; ++v) *reinterpret_cast<Vector*>(c + r * ldc + v * kLanes) = acc[r][v];
 }
 
 template <int V>
 inline void rows_product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int rows,
                          int depth, bool accumulate) {
   int r = 0;
-  for (; r + 8 <= rows; r += 8)
-    tile_product<8, V>(c + r * ldc, ldc, a + r * lda, lda, b, ldb, depth, accumulate);
+  for (; r + kTallTile <= rows; r += kTallTile)
+    tile_product<kTallTile, V>(c + r * ldc, ldc, a + r * lda, lda, b, ldb, depth, accumulate);
   for (; r + 3 <= rows; r += 3)
     tile_product<3, V>(c + r * ldc, ldc, a + r * lda, lda, b, ldb, depth, accumulate);
   for (; r < rows; ++r) tile_product<1, V>(c + r * ldc, ldc, a + r * lda, lda, b, ldb, depth, accumulate);
@@ -370,7 +418,8 @@ inline void rows_product(float* c, int64_t ldc, const float* a, int64_t lda, con
 void product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int rows, int columns,
              int depth, bool accumulate) {
   int n = 0;
-  for (; n + 32 <= columns; n += 32) rows_product<2>(c + n, ldc, a, lda, b + n, ldb, rows, depth, accumulate);
+  for (; n + 2 * kLanes <= columns; n += 2 * kLanes)
+    rows_product<2>(c + n, ldc, a, lda, b + n, ldb, rows, depth, accumulate);
   if (n < columns) rows_product<1>(c + n, ldc, a, lda, b + n, ldb, rows, depth, accumulate);
 }
 
