@@ -383,7 +383,6 @@ constexpr int kLanes = 8, kTallTile = 6;
 typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
 
 // c[rows, columns] (+)= a[rows, depth] x b[depth, columns]; a tile of R rows by kLanes * V columns in registers.
-
 template <int R, int V>
 inline void tile_product(float* __restrict__ c, int64_t ldc, const float* __restrict__ a, int64_t lda,
                          const float* __restrict__ b, int64_t ldb, int depth, bool accumulate) {

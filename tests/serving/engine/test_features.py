@@ -59,7 +59,6 @@ def tiny_gemma2(folder: Path) -> Path:
 
 def with_quiet_embeddings(model: Any) -> Any:
     """Gemma multiplies tied embeddings by the root of their width, so a random one repeats its last token for ever."""
-
     embeddings = model.model.embed_tokens.weight
     with torch.no_grad():
         embeddings.mul_(0.01)
