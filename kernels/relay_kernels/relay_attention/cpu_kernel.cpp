@@ -217,7 +217,7 @@ inline float softmax_of_nothing(RowState& state, const float* scores, void* prob
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
 // A whole chunk of visible keys, held in registers between the two passes.
-template <bool to_bf16>
+template <bool to_bf16, bool precise>
 inline float softmax_full_row(RowState& state, const float* __restrict__ scores, void* probabilities,
                               float scale_log2) {
   constexpr int V = kKeysPerChunk / 16;
@@ -232,7 +232,7 @@ inline float softmax_full_row(RowState& state, const float* __restrict__ scores,
     return softmax_of_nothing<to_bf16>(state, scores, probabilities, kKeysPerChunk, kKeysPerChunk);
   const float rescale = state.maximum == maximum ? 1.0f : std::exp2(state.maximum - maximum);
   const __m512 factor = _mm512_set1_ps(scale_log2), shift = _mm512_set1_ps(maximum);
-  for (int v = 0; v < V; ++v) x[v] = exp2_vector<!to_bf16>(_mm512_fmsub_ps(x[v], factor, shift));
+  for (int v = 0; v < V; ++v) x[v] = exp2_vector<precise>(_mm512_fmsub_ps(x[v], factor, shift));
   if constexpr (to_bf16) {
 #if defined(__AVX512BF16__)
     for (int v = 0; v < V; v += 2) {
@@ -258,11 +258,11 @@ inline float softmax_full_row(RowState& state, const float* __restrict__ scores,
 }
 #endif
 
-template <bool to_bf16>
+template <bool to_bf16, bool precise>
 inline float softmax_row(RowState& state, float* __restrict__ scores, void* probabilities, int count, int valid,
                          float scale_log2) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__)
-  if (valid == kKeysPerChunk) return softmax_full_row<to_bf16>(state, scores, probabilities, scale_log2);
+  if (valid == kKeysPerChunk) return softmax_full_row<to_bf16, precise>(state, scores, probabilities, scale_log2);
   const __m512 minus_inf = _mm512_set1_ps(kMinusInf);
   __m512 highest = minus_inf;
   int i = 0;
@@ -279,11 +279,11 @@ inline float softmax_row(RowState& state, float* __restrict__ scores, void* prob
   for (i = 0; i < count; i += 16) {
     __m512 p;
     if (i + 16 <= valid) {
-      p = exp2_vector<!to_bf16>(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, shift));
+      p = exp2_vector<precise>(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, shift));
     } else if (i < valid) {
       const __mmask16 mask = static_cast<__mmask16>((1u << (valid - i)) - 1u);
       const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, shift);
-      p = _mm512_maskz_mov_ps(mask, exp2_vector<!to_bf16>(_mm512_mask_mov_ps(minus_inf, mask, x)));
+      p = _mm512_maskz_mov_ps(mask, exp2_vector<precise>(_mm512_mask_mov_ps(minus_inf, mask, x)));
     } else {
       p = _mm512_setzero_ps();
     }
@@ -337,7 +337,7 @@ struct Scratch {
   float* scores;          // [32, kKeysPerChunk]
   float* query;           // [rows, D] floats, or the same bytes as bfloat16
   void* probabilities;    // [32, kKeysPerChunk]
-  float* key_plane;       // [D, block] (planes layout of 16-bit caches)
+  float* key_plane;       // [D, block] floats, or [D/2, block, 2] bfloat16 (planes layout of 16-bit caches)
   float* value_plane;     // [block, D]
   uint16_t* value_tail;   // [D/16][16][16][2], the last 32 keys of a ragged end
   RowState* rows;
@@ -422,6 +422,73 @@ void product(float* c, int64_t ldc, const float* a, int64_t lda, const float* b,
   if (n < columns) rows_product<1>(c + n, ldc, a, lda, b + n, ldb, rows, depth, accumulate);
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+// Scores of bfloat16 at twice the pace of float products: two dimensions an instruction, exact products, float sums.
+constexpr bool kHasPairProducts = true;
+
+// K[d][t] -> [d/2][t][2], the right-hand operand of a pair product; `keys` and `stride` are multiples of 16.
+void interleave_dims(uint16_t* __restrict__ to, const uint16_t* __restrict__ from, int dims, int keys, int stride) {
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 16; ++i) order[2 * i] = static_cast<uint16_t>(i), order[2 * i + 1] = static_cast<uint16_t>(16 + i);
+  const __m512i index = _mm512_load_si512(order);
+  for (int d = 0; d < dims; d += 2)
+    for (int t = 0; t < keys; t += 16) {
+      const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + d * stride + t));
+      const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + (d + 1) * stride + t));
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+      _mm512_storeu_si512(to + d * stride + 2 * t, _mm512_permutexvar_epi16(index, both));
+    }
+}
+
+inline __m512bh as_pairs(__m512i bits) {
+  __m512bh result;
+  std::memcpy(&result, &bits, 64);
+  return result;
+}
+
+// c[R, 16 * V] = a[R, 2 * pairs] x b[pairs, 16 * V, 2]; ldb counts elements between two pairs of dimensions.
+template <int R, int V>
+inline void pair_tile(float* __restrict__ c, int64_t ldc, const uint16_t* __restrict__ a, int64_t lda,
+                      const uint16_t* __restrict__ b, int64_t ldb, int pairs) {
+  __m512 acc[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
+  for (int k = 0; k < pairs; ++k) {
+    __m512bh right[V];
+    for (int v = 0; v < V; ++v) right[v] = as_pairs(_mm512_loadu_si512(b + k * ldb + v * 32));
+    for (int r = 0; r < R; ++r) {
+      int32_t left;
+      std::memcpy(&left, a + r * lda + 2 * k, 4);
+      const __m512bh pair = as_pairs(_mm512_set1_epi32(left));
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], pair, right[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * ldc + v * 16, acc[r][v]);
+}
+
+template <int V>
+inline void pair_rows(float* c, int64_t ldc, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int rows,
+                      int pairs) {
+  int r = 0;
+  for (; r + 8 <= rows; r += 8) pair_tile<8, V>(c + r * ldc, ldc, a + r * lda, lda, b, ldb, pairs);
+  for (; r + 3 <= rows; r += 3) pair_tile<3, V>(c + r * ldc, ldc, a + r * lda, lda, b, ldb, pairs);
+  for (; r < rows; ++r) pair_tile<1, V>(c + r * ldc, ldc, a + r * lda, lda, b, ldb, pairs);
+}
+
+// columns: a multiple of 16.
+void pair_product(float* c, int64_t ldc, const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int rows,
+                  int columns, int depth) {
+  int n = 0;
+  for (; n + 32 <= columns; n += 32) pair_rows<2>(c + n, ldc, a, lda, b + 2 * n, ldb, rows, depth / 2);
+  if (n < columns) pair_rows<1>(c + n, ldc, a, lda, b + 2 * n, ldb, rows, depth / 2);
+}
+#else
+constexpr bool kHasPairProducts = false;
+void interleave_dims(uint16_t*, const uint16_t*, int, int, int) {}
+void pair_product(float*, int64_t, const uint16_t*, int64_t, const uint16_t*, int64_t, int, int, int) {}
+#endif
+
 template <int dtype>
 void attend_planes(const RelayArguments& a, const Item& item, const Scratch& s) {
   const int32_t* segment = a.segments + item.segment * 5;
@@ -429,14 +496,21 @@ void attend_planes(const RelayArguments& a, const Item& item, const Scratch& s) 
   const int group = heads_per_kv(a), D = a.head_size, B = a.block_size;
   const int num_rows = (item.slot_end - item.slot_begin) * group;
   const float scale_log2 = a.scale * kLog2e;
+  constexpr bool in_pairs = kHasPairProducts && dtype == kBFloat16;
+  uint16_t* query_pairs = reinterpret_cast<uint16_t*>(s.query);
+  uint16_t* key_pairs = reinterpret_cast<uint16_t*>(s.key_plane);
 
   int last_key = segment[1], row = 0;
   for (int slot = item.slot_begin; slot < item.slot_end; ++slot) {
     last_key = std::max(last_key, a.slot_key_end[slot]);
     for (int g = 0; g < group; ++g, ++row) {
       const int head = item.kv_head * group + g;
-      load_floats<dtype>(s.query + static_cast<int64_t>(row) * D, a.query,
-                         a.slot_token[slot] * a.query_stride_token + head * a.query_stride_head, D);
+      const int64_t from = a.slot_token[slot] * a.query_stride_token + head * a.query_stride_head;
+      if constexpr (in_pairs) {
+        std::memcpy(query_pairs + static_cast<int64_t>(row) * D, static_cast<const uint16_t*>(a.query) + from, D * 2);
+      } else {
+        load_floats<dtype>(s.query + static_cast<int64_t>(row) * D, a.query, from, D);
+      }
       s.rows[row] = RowState{kMinusInf, 0.0f};
       s.row_key_end[row] = a.slot_key_end[slot];
     }
@@ -453,7 +527,11 @@ void attend_planes(const RelayArguments& a, const Item& item, const Scratch& s) 
       keys = static_cast<const float*>(a.key_cache) + at;
       values = static_cast<const float*>(a.value_cache) + at;
     } else {
-      for (int d = 0; d < D; ++d) load_floats<dtype>(s.key_plane + d * B, a.key_cache, at + d * B, used_16);
+      if constexpr (in_pairs) {
+        interleave_dims(key_pairs, static_cast<const uint16_t*>(a.key_cache) + at, D, used_16, B);
+      } else {
+        for (int d = 0; d < D; ++d) load_floats<dtype>(s.key_plane + d * B, a.key_cache, at + d * B, used_16);
+      }
       load_floats<dtype>(s.value_plane, a.value_cache, at, static_cast<int64_t>(used) * D);
       keys = s.key_plane;
       values = s.value_plane;
@@ -463,13 +541,18 @@ void attend_planes(const RelayArguments& a, const Item& item, const Scratch& s) 
       const int count_16 = (count + 15) / 16 * 16;
       for (int r0 = 0; r0 < num_rows; r0 += 32) {
         const int rows = std::min(32, num_rows - r0);
-        product(s.scores, kKeysPerChunk, s.query + static_cast<int64_t>(r0) * D, D, keys + chunk, B, rows, count_16,
-                D, false);
+        if constexpr (in_pairs) {
+          pair_product(s.scores, kKeysPerChunk, query_pairs + static_cast<int64_t>(r0) * D, D, key_pairs + 2 * chunk,
+                       2 * B, rows, count_16, D);
+        } else {
+          product(s.scores, kKeysPerChunk, s.query + static_cast<int64_t>(r0) * D, D, keys + chunk, B, rows, count_16,
+                  D, false);
+        }
         for (int r = 0; r < rows; ++r) {
           const int valid = std::clamp(s.row_key_end[r0 + r] - block_start - chunk, 0, count);
           float* probabilities = static_cast<float*>(s.probabilities) + r * kKeysPerChunk;
-          const float rescale = softmax_row<false>(s.rows[r0 + r], s.scores + r * kKeysPerChunk, probabilities,
-                                                   count_16, valid, scale_log2);
+          const float rescale = softmax_row<false, dtype != kBFloat16>(
+              s.rows[r0 + r], s.scores + r * kKeysPerChunk, probabilities, count_16, valid, scale_log2);
           if (rescale != 1.0f) scale_row(s.accumulator + static_cast<int64_t>(r0 + r) * D, rescale, D);
         }
         product(s.accumulator + static_cast<int64_t>(r0) * D, D, static_cast<float*>(s.probabilities), kKeysPerChunk,
@@ -614,7 +697,7 @@ void attend_pairs(const RelayArguments& a, const Item& item, const Scratch& s) {
         }
         for (int r = 0; r < rows; ++r) {
           const int valid = std::clamp(s.row_key_end[r0 + r] - block_start - chunk, 0, count);
-          const float rescale = softmax_row<true>(s.rows[r0 + r], s.scores + r * kKeysPerChunk,
+          const float rescale = softmax_row<true, false>(s.rows[r0 + r], s.scores + r * kKeysPerChunk,
                                                   probabilities + r * kKeysPerChunk, count_32, valid, scale_log2);
           if (rescale != 1.0f) scale_row(s.accumulator + static_cast<int64_t>(r0 + r) * D, rescale, D);
         }
