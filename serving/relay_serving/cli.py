@@ -1,4 +1,7 @@
-"""`vllm-relay`: serve, prepare, bench. Imports neither vLLM nor PyTorch, so `--version` and mistakes answer at once."""
+"""`vllm-relay`: serve, prepare, bench, convert.
+
+Imports neither vLLM nor PyTorch, so `--version` and mistakes answer at once.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,10 @@ usage: vllm-relay [--version] COMMAND ...
 
 A vLLM server in which requests that share a prompt share its attention.
 
-  serve [MODEL] [FLAGS]   serve MODEL, or the embedded SmolLM2-135M-Instruct; takes every flag of `vllm serve`
-  prepare                 fetch and convert the embedded model, and print its folder
-  bench ...               measure relay against stock vLLM
+  serve [MODEL] [FLAGS]     serve MODEL, or the embedded SmolLM2-135M-Instruct; takes every flag of `vllm serve`
+  prepare                   fetch and convert the embedded model, and print its folder
+  bench ...                 measure relay against stock vLLM
+  convert text4seg SRC DST  make published segmentation checkpoints servable
 
   vllm-relay serve --help       relay's flags and vLLM's groups of flags
   vllm-relay serve --help=all   every flag
@@ -51,13 +55,15 @@ def _dispatch(words: list[str]) -> int:
         return prepare(rest)
     if command == "bench":
         return bench(words)
+    if command == "convert":
+        return convert(rest)
     if command in ("--version", "-V"):
         print(f"vllm-relay {version('vllm-relay')}")
         return 0
     if command in ("--help", "-h", "help"):
         print(_HELP, end="")
         return 0
-    raise UsageError(f"unknown command {command!r}; it must be serve, prepare or bench")
+    raise UsageError(f"unknown command {command!r}; it must be serve, prepare, bench or convert")
 
 
 def serve(words: list[str]) -> int:
@@ -88,6 +94,14 @@ def bench(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="vllm-relay")
     benchmarks.add_bench_parser(parser.add_subparsers(dest="command", required=True))
     return int(benchmarks.run(parser.parse_args(words)) or 0)
+
+
+def convert(words: list[str]) -> int:
+    if not words or words[0] != "text4seg":
+        raise UsageError(f"convert knows text4seg, got {words[0] if words else 'nothing'!r}")
+    from relay_serving import convert_command
+
+    return convert_command.run(words[1:])
 
 
 def engine_environment(words: Sequence[str], config: Mapping[str, Any] | None = None) -> dict[str, str]:

@@ -17,11 +17,13 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
+from relay_models.text4seg.profiles import is_trained
 from relay_serving import embedded_model, plugin_names, preflight, relay_flags, start_defaults
 from relay_serving.errors import RelayServingError, UsageError
-from relay_serving.settings import VARIABLES, CpuKernel, RelaySettings
+from relay_serving.settings import SEGMENTATION_AUTO, SEGMENTATION_OFF, VARIABLES, CpuKernel, RelaySettings
 from relay_serving.start_failure import in_one_line
 from relay_serving.vllm_plugin import register
 
@@ -127,6 +129,8 @@ def _settle(args: argparse.Namespace, status: Status) -> RelaySettings:
         embedded_name=embedded_model.SERVED_NAME if embedded else None,
         on_cpu=on_cpu,
         available_bytes=start_defaults.available_memory(),
+        segments=settings.enabled and _segments(settings, args.model_tag),
+        draft_rows=settings.draft_rows if settings.enabled else 0,
     )
     for line in chosen:
         status.send("notice", f"default: {line}")
@@ -151,6 +155,18 @@ def settle_relay(args: argparse.Namespace) -> RelaySettings:
     if settings.enabled and settings.cpu_kernel == CpuKernel.TRITON:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any worker exists
     return settings
+
+
+def _segments(settings: RelaySettings, model: str) -> bool:
+    """Whether the model will be taken for a segmentation model, as far as can be known before it is loaded."""
+    if settings.segmentation != SEGMENTATION_AUTO:
+        return settings.segmentation != SEGMENTATION_OFF
+    config_file = Path(model) / "config.json"
+    try:
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    except (OSError, ValueError):
+        return False  # vLLM will say what is wrong with it
+    return isinstance(config, dict) and is_trained(config, model)
 
 
 def _check_relay(status: Status) -> None:

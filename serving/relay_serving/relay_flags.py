@@ -52,6 +52,31 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Log the plan of every step. VLLM_RELAY_LOG_PLAN. Default: off.",
     )
+    group.add_argument(
+        "--relay-segmentation",
+        dest=f"{_DESTINATION}segmentation",
+        metavar="{auto,off,GRID}",
+        default=None,
+        help="Answer with masks: /v1/segmentations, and masks in chats about pictures. GRID is the number of cells a "
+        "side of the descriptors that the model was trained to write. VLLM_RELAY_SEGMENTATION. "
+        f"Default: {defaults.segmentation}, which is on where the model says that it segments.",
+    )
+    group.add_argument(
+        "--relay-segmentation-queries",
+        dest=f"{_DESTINATION}segmentation_queries",
+        metavar="N",
+        default=None,
+        help="Queries (expressions times pictures) answered at one time; more get 429. "
+        f"VLLM_RELAY_SEGMENTATION_QUERIES. Default: {defaults.segmentation_queries}.",
+    )
+    group.add_argument(
+        "--relay-draft-rows",
+        dest=f"{_DESTINATION}draft_rows",
+        metavar="N",
+        default=None,
+        help="Draft the rows of a mask from the row above, up to N tokens at a time (speculative decoding). "
+        f"VLLM_RELAY_DRAFT_ROWS. Default: {defaults.draft_rows}, which is off.",
+    )
 
 
 def settings_from(args: argparse.Namespace, environment: Mapping[str, str] | None = None) -> RelaySettings:

@@ -19,6 +19,8 @@ from relay_serving.errors import SettingError
 ADDITIONAL_CONFIG_KEY = "relay"
 ENVIRONMENT_PREFIX = "VLLM_RELAY_"
 KILL_SWITCH = "VLLM_RELAY"
+SEGMENTATION_AUTO, SEGMENTATION_OFF = "auto", "off"
+LARGEST_GRID = 64
 
 
 class CpuKernel(StrEnum):
@@ -39,12 +41,18 @@ class RelaySettings:
         cpu_kernel: see CpuKernel.
         min_shared_tokens: share a prefix only from this many tokens; 0 leaves the decision to the cost model.
         log_plan: log the plan of each step, for debugging.
+        segmentation: `auto`, `off`, or the cells a side of the descriptors that the served model writes.
+        segmentation_queries: queries that /v1/segmentations answers at one time; more are refused with 429.
+        draft_rows: draft descriptor rows with speculative decoding; 0 is off, else the most tokens of a draft.
     """
 
     enabled: bool = True
     cpu_kernel: CpuKernel = CpuKernel.AUTO
     min_shared_tokens: int = 0
     log_plan: bool = False
+    segmentation: str = SEGMENTATION_AUTO
+    segmentation_queries: int = 64
+    draft_rows: int = 0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> RelaySettings:
@@ -113,8 +121,24 @@ def _boolean(source: str, value: object) -> bool:
 def _count(source: str, value: object) -> int:
     text = str(value).strip()
     if isinstance(value, bool) or not text.isascii() or not text.isdigit():
-        raise SettingError(source, value, "a whole number of tokens, 0 or more")
+        raise SettingError(source, value, "a whole number, 0 or more")
     return int(text)
+
+
+def _grid(source: str, value: object) -> str:
+    word = str(value).strip().lower()
+    if word in (SEGMENTATION_AUTO, SEGMENTATION_OFF) or (
+        word.isascii() and word.isdigit() and 1 <= int(word) <= LARGEST_GRID
+    ):
+        return word
+    raise SettingError(source, value, f"auto, off, or a number of cells a side from 1 to {LARGEST_GRID}")
+
+
+def _positive(source: str, value: object) -> int:
+    number = _count(source, value)
+    if number < 1:
+        raise SettingError(source, value, "1 or more")
+    return number
 
 
 def _cpu_kernel(source: str, value: object) -> CpuKernel:
@@ -129,6 +153,9 @@ _PARSERS = {
     "cpu_kernel": _cpu_kernel,
     "min_shared_tokens": _count,
     "log_plan": _boolean,
+    "segmentation": _grid,
+    "segmentation_queries": _positive,
+    "draft_rows": _count,
 }
 VARIABLES = {name: KILL_SWITCH if name == "enabled" else f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in _PARSERS}
 assert set(_PARSERS) == {field.name for field in fields(RelaySettings)}

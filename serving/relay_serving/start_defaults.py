@@ -14,13 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from relay_serving.errors import UsageError
+
 GIB = 1 << 30
 HOST = "127.0.0.1"
 EMBEDDED_KV_BYTES = 1 * GIB  # 46k tokens of SmolLM2-135M: five requests of its full context
 KV_SHARE_OF_AVAILABLE = 0.4
 _COMPILE_FLAGS = ("enforce_eager", "optimization_level", "compilation_config")
 _MEMORY_FLAGS = ("gpu_memory_utilization", "kv_cache_memory_bytes")
-_DESTINATIONS = ("host", "served_model_name", *_COMPILE_FLAGS, *_MEMORY_FLAGS)
+_DESTINATIONS = ("host", "served_model_name", "block_size", "speculative_config", *_COMPILE_FLAGS, *_MEMORY_FLAGS)
+SEGMENTATION_BLOCK = 32  # tokens; of vLLM's 128 on CPU, a picture's prefix of 576 tokens and a few more wastes 64
+ROW_PROPOSER = "relay_serving.vllm_plugin.row_proposer.RowProposer"
 
 
 class _NotGiven:
@@ -40,7 +44,15 @@ def mark(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**{name: _NotGiven(parser.get_default(name)) for name in _DESTINATIONS})
 
 
-def apply(args: argparse.Namespace, *, embedded_name: str | None, on_cpu: bool, available_bytes: int) -> list[str]:
+def apply(
+    args: argparse.Namespace,
+    *,
+    embedded_name: str | None,
+    on_cpu: bool,
+    available_bytes: int,
+    segments: bool = False,
+    draft_rows: int = 0,
+) -> list[str]:
     """Put vLLM's defaults back, or ours, where nothing was given. Returns what to tell the user, one line each."""
     given = {name for name in _DESTINATIONS if not isinstance(getattr(args, name), _NotGiven)}
     for name in _DESTINATIONS:
@@ -59,6 +71,17 @@ def apply(args: argparse.Namespace, *, embedded_name: str | None, on_cpu: bool, 
         chosen.append(
             f"{args.kv_cache_memory_bytes / GIB:.1f} GiB of KV cache; --kv-cache-memory-bytes sets another size"
         )
+    if on_cpu and segments and "block_size" not in given:
+        args.block_size = SEGMENTATION_BLOCK
+        chosen.append(f"KV blocks of {SEGMENTATION_BLOCK} tokens, so that questions about one picture share all of it")
+    if draft_rows and "speculative_config" in given:
+        raise UsageError("--relay-draft-rows and --speculative-config both choose what drafts tokens: give one of them")
+    if draft_rows:
+        args.speculative_config = {
+            "method": "custom_class",
+            "model": ROW_PROPOSER,
+            "num_speculative_tokens": draft_rows,
+        }
     return chosen
 
 

@@ -380,7 +380,7 @@ def test_the_greeting_shows_the_url_and_a_curl_that_a_shell_understands():
     [
         (["--version"], 0, "vllm-relay 0."),
         ([], 0, "serve [MODEL] [FLAGS]"),
-        (["swerve"], 2, "vllm-relay: error: unknown command 'swerve'; it must be serve, prepare or bench"),
+        (["swerve"], 2, "vllm-relay: error: unknown command 'swerve'; it must be serve, prepare, bench or convert"),
         (["prepare", "now"], 2, "vllm-relay: error: prepare takes no arguments"),
     ],
 )

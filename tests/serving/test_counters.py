@@ -155,18 +155,15 @@ def test_a_folder_that_cannot_be_used_takes_nothing_else_off_metrics(
 def test_a_server_starts_though_its_counters_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import asyncio
     from types import SimpleNamespace
     from typing import Any
 
     monkeypatch.setattr(counters.tempfile, "gettempdir", lambda: str(tmp_path / "gone"))
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))  # leaves this process's registry alone
-    engine: Any = SimpleNamespace(
-        vllm_config=SimpleNamespace(model_config=SimpleNamespace(served_model_name="m", is_hybrid=False, use_mla=False))
-    )
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(served_model_name="m", is_hybrid=False, use_mla=False))
     state: Any = SimpleNamespace()
     with caplog.at_level(logging.WARNING, "vllm.relay"):
-        asyncio.run(metrics.endpoint_plugin().init_state(engine, state, SimpleNamespace()))  # type: ignore[arg-type]
+        metrics.publish(config, state)
     assert "cannot be shown" in caplog.text
     assert "NOT active" not in caplog.text
     assert state.relay_collector is not None

@@ -63,9 +63,12 @@ def test_the_environment_sets_every_field():
         "VLLM_RELAY_CPU_KERNEL": "torch",
         "VLLM_RELAY_MIN_SHARED_TOKENS": "256",
         "VLLM_RELAY_LOG_PLAN": "yes",
+        "VLLM_RELAY_SEGMENTATION": "24",
+        "VLLM_RELAY_SEGMENTATION_QUERIES": "7",
+        "VLLM_RELAY_DRAFT_ROWS": "32",
     }
     settings = RelaySettings.from_environment(environment)
-    assert settings == RelaySettings(False, CpuKernel.TORCH, 256, True)
+    assert settings == RelaySettings(False, CpuKernel.TORCH, 256, True, "24", 7, 32)
     assert len(environment) == len(dataclasses.fields(RelaySettings))
 
 
@@ -77,6 +80,15 @@ def test_an_empty_variable_counts_as_unset():
     ("environment", "expected"),
     [
         ({"VLLM_RELAY": "maybe"}, "VLLM_RELAY is 'maybe'; it must be 1 or 0"),
+        (
+            {"VLLM_RELAY_SEGMENTATION": "0"},
+            "VLLM_RELAY_SEGMENTATION is '0'; it must be auto, off, or a number of cells a side from 1 to 64",
+        ),
+        (
+            {"VLLM_RELAY_SEGMENTATION": "half"},
+            "VLLM_RELAY_SEGMENTATION is 'half'; it must be auto, off, or a number of cells a side from 1 to 64",
+        ),
+        ({"VLLM_RELAY_SEGMENTATION_QUERIES": "0"}, "VLLM_RELAY_SEGMENTATION_QUERIES is '0'; it must be 1 or more"),
         (
             {"VLLM_RELAY_CPU_KERNEL": "gpu"},
             "VLLM_RELAY_CPU_KERNEL is 'gpu'; it must be one of auto, cpp, torch, triton",

@@ -1,4 +1,4 @@
-"""Entry point of the group ``vllm.endpoint_plugins``: relay's counters on the server's own /metrics.
+"""Relay's counters on the server's own /metrics.
 
 The counters belong to the worker that runs the layers; this process reads them when it is scraped (see counters.py).
 They are published once for each engine, labelled as vLLM labels its own: ``model_name`` and ``engine``.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -18,14 +17,12 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from relay_serving import plugin_names
 from relay_serving.vllm_plugin import counters
 from relay_serving.vllm_plugin.counters import CounterFile, CounterValues
 from relay_serving.vllm_plugin.register import is_asked_for
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.engine.protocol import EngineClient
 
 logger = logging.getLogger("vllm.relay")
 
@@ -70,40 +67,31 @@ class RelayCollector(Collector):
         yield family
 
 
-class RelayEndpointPlugin:
-    """Follows vLLM's EndpointPlugin protocol."""
+def attach(app: FastAPI) -> None:
+    """With several API servers vLLM scrapes files of its own, so /metrics is served from here instead."""
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR") is None:
+        return
 
-    name = plugin_names.OUR_NAME
-    required_tasks = None
+    @app.get("/metrics", include_in_schema=False)
+    def metrics() -> Response:
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-    def attach_router(self, app: FastAPI) -> None:
-        """With several API servers vLLM scrapes files of its own, so /metrics is served from here instead."""
-        if os.environ.get("PROMETHEUS_MULTIPROC_DIR") is None:
-            return
+        registry = get_prometheus_registry()
+        collector = getattr(app.state, "relay_collector", None)
+        if collector is not None:
+            registry.register(collector)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-        @app.get("/metrics", include_in_schema=False)
-        def metrics() -> Response:
-            from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-            registry = get_prometheus_registry()
-            collector = getattr(app.state, "relay_collector", None)
-            if collector is not None:
-                registry.register(collector)
-            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-    async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
-        """Publish the counters of this server's engines, and say loudly if relay is not at work."""
-        if engine_client is None:
-            return
-        vllm_config = engine_client.vllm_config
-        counters.sweep()
-        found = find_counters()
-        if found is not None:
-            _report(vllm_config, is_active=bool(found))
-        model_name = str(vllm_config.model_config.served_model_name)
-        state.relay_collector = RelayCollector(model_name)
-        if os.environ.get("PROMETHEUS_MULTIPROC_DIR") is None:
-            register_once(REGISTRY, state.relay_collector)
+def publish(vllm_config: VllmConfig, state: Any) -> None:
+    """Show the counters of this server's engines, and say loudly if relay is not at work."""
+    counters.sweep()
+    found = find_counters()
+    if found is not None:
+        _report(vllm_config, is_active=bool(found))
+    state.relay_collector = RelayCollector(str(vllm_config.model_config.served_model_name))
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR") is None:
+        register_once(REGISTRY, state.relay_collector)
 
 
 def find_counters() -> list[tuple[int, CounterFile]] | None:
@@ -142,8 +130,3 @@ def _report(vllm_config: VllmConfig, is_active: bool) -> None:
     else:
         reason = "no engine loaded it (see the lines above, or the platform is not CPU)"
     logger.warning("RelayAttention is NOT active: %s. vLLM's own attention serves every request.", reason)
-
-
-def endpoint_plugin() -> RelayEndpointPlugin:
-    """What the entry point resolves to."""
-    return RelayEndpointPlugin()

@@ -1,0 +1,1 @@
+"""HTTP routes of our own, one noun a module."""

@@ -1,0 +1,1 @@
+"""Masks from a served multimodal model: pictures in, descriptors through the engine, masks out."""

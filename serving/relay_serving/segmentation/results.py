@@ -1,0 +1,157 @@
+"""From a descriptor and a picture's size to what the API returns: masks, boxes, components, COCO."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from relay_models import masks
+from relay_models.text4seg import labels
+from relay_models.text4seg.codec import BACKGROUND, Descriptor, DescriptorStatus, RowEvent
+from relay_models.text4seg.geometry import upsample
+from relay_serving.schemas.segmentation import Component, LabelMap, MaskFormat, SegmentationResult
+
+Mask = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How masks are written."""
+
+    format: MaskFormat
+    components: bool
+
+
+@dataclass(frozen=True)
+class FoundMask:
+    """The part of a descriptor that carries one label, in a picture's own pixels."""
+
+    label: str
+    value: int  # index of the label in the descriptor
+    mask_HW: Mask  # noqa: N815
+
+
+def masks_of(descriptor: Descriptor, height: int, width: int, wanted: Sequence[str] | None) -> list[FoundMask]:
+    """One mask for each wanted label, empty where the descriptor has none; without a list, for each label it has."""
+    names = descriptor.labels[1:] if wanted is None else wanted
+    found = []
+    for name in names:
+        mask_HW = upsample(descriptor.mask(name), height, width)
+        found.append(FoundMask(name, descriptor.index_of(name) or 0, mask_HW))
+    return found
+
+
+def result_of(
+    found: FoundMask, descriptor: Descriptor, options: MaskOptions, *, index: int, image_index: int, query_index: int
+) -> SegmentationResult:
+    """Everything about one mask that needs only its pixels and its descriptor."""
+    box = masks.box(found.mask_HW)
+    result = SegmentationResult(
+        index=index,
+        image_index=image_index,
+        query_index=query_index,
+        label=labels.restore(found.label),
+        status=descriptor.status.value,
+        repairs=[repair.value for repair in descriptor.repairs],
+        mask=write_mask(found, options.format),
+        box=box,
+        area=masks.area(found.mask_HW),
+        empty=box is None,
+        grid=(descriptor.grid_HW.shape[0], descriptor.grid_HW.shape[1]),
+        text=descriptor.text,
+        answer=descriptor.preamble,
+    )
+    if options.components:
+        parts = masks.components(found.mask_HW)
+        result.components = [Component(id=part.id, box=part.box, area=part.area) for part in parts.parts]
+        result.components_dropped = parts.dropped
+    return result
+
+
+def nothing_found(
+    label: str | None, text: str, *, index: int, image_index: int, query_index: int
+) -> SegmentationResult:
+    """The model answered without a mask: not an error."""
+    return SegmentationResult(
+        index=index,
+        image_index=image_index,
+        query_index=query_index,
+        label=label,
+        status=DescriptorStatus.NONE.value,
+        answer=text,
+    )
+
+
+def write_mask(found: FoundMask, mask_format: MaskFormat) -> dict[str, Any]:
+    """A mask as the request wants it; every format names itself, and its size."""
+    height, width = found.mask_HW.shape
+    head: dict[str, Any] = {"format": mask_format.value, "size": [height, width]}
+    if mask_format is MaskFormat.COCO_RLE:
+        return {**head, "counts": masks.coco_rle(found.mask_HW)["counts"]}
+    if mask_format is MaskFormat.PNG:
+        return {**head, "png": _base64(masks.png_bytes(found.mask_HW))}
+    if mask_format is MaskFormat.POLYGONS:
+        return {**head, "lossy": True, "polygons": masks.polygons(found.mask_HW)}
+    return {**head, "value": found.value}
+
+
+def label_map_of(descriptor: Descriptor, height: int, width: int, *, image_index: int, query_index: int) -> LabelMap:
+    label_map = upsample(descriptor.grid_HW, height, width)
+    return LabelMap(
+        image_index=image_index,
+        query_index=query_index,
+        labels=[labels.restore(label) for label in descriptor.labels],
+        png=_base64(masks.label_map_png(label_map)),
+    )
+
+
+def runs_of(event: RowEvent) -> tuple[tuple[str, int], ...]:
+    """A finished row as (label, cells) runs."""
+    return tuple(
+        (labels.restore(event.labels[index]), sum(1 for _ in run)) for index, run in groupby(event.cells_W.tolist())
+    )
+
+
+def label_probability(pieces: Sequence[tuple[str, float]], descriptor: Descriptor, answer: str) -> float | None:
+    """Mean probability of the tokens that spell the foreground's labels, or `others` where there is no foreground.
+
+    Args:
+        pieces: the answer's tokens as text, each with its probability.
+        descriptor: one of the answer's.
+        answer: the whole text.
+    """
+    start = answer.find(descriptor.text, len(descriptor.preamble))
+    spans = [(start + begin, start + end) for begin, end in _label_spans(descriptor)]
+    position, span, inside = 0, 0, []
+    for text, probability in pieces:
+        end = position + len(text)
+        while span < len(spans) and spans[span][1] <= position:
+            span += 1
+        if span < len(spans) and spans[span][0] < end:
+            inside.append(probability)
+        position = end
+    return round(sum(inside) / len(inside), 6) if inside else None
+
+
+def _label_spans(descriptor: Descriptor) -> list[tuple[int, int]]:
+    """Where labels stand in a descriptor's text, as [start, end): the foreground's, or the background's if alone."""
+    foreground: list[tuple[int, int]] = []
+    background: list[tuple[int, int]] = []
+    position = 0
+    for piece in descriptor.text.replace("\n", "|").split("|"):
+        label = piece.rpartition("*")[0]
+        if label.strip():
+            span = (position + len(label) - len(label.lstrip()), position + len(label.rstrip()))
+            (background if labels.match_key(label) == BACKGROUND else foreground).append(span)
+        position += len(piece) + 1
+    return foreground or background
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

@@ -1,0 +1,73 @@
+"""Puts segmentation into a running server's state: the service behind /v1/segmentations, and the chat that segments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm import envs
+from vllm.multimodal.media.connector import MEDIA_CONNECTOR_REGISTRY
+
+from relay_models.images import ImageLimits
+from relay_serving.segmentation.chat import SegmentingChat
+from relay_serving.segmentation.generation import Generator
+from relay_serving.segmentation.grammars import Grammars
+from relay_serving.segmentation.media import PictureReader
+from relay_serving.segmentation.profile import SegmentationProfile, resolve
+from relay_serving.segmentation.service import SegmentationService
+from relay_serving.settings import RelaySettings
+
+LARGEST_PICTURE = 64 << 20  # bytes of a file; vLLM reads up to 256 MiB of any medium
+MOST_PIXELS = 50_000_000
+
+
+def install(engine_client: Any, state: Any, settings: RelaySettings) -> SegmentationProfile | None:
+    """Raises CheckpointError where a grid was asked for and the model cannot have one."""
+    model_config = engine_client.vllm_config.model_config
+    chat = state.openai_serving_chat
+    if chat is None or model_config.multimodal_config is None:
+        return None
+    profile = resolve(settings.segmentation, model_config.hf_config.to_dict(), model_config.model)
+    if profile is None:
+        return None
+    if state.args.chat_template is None:
+        _speak_as_trained(chat, state.online_renderer, profile)
+    reader = _reader(model_config)
+    generator = Generator(chat, engine_client)
+    tokenizer = generator.tokenizer
+    grammars = Grammars(
+        profile.rows, profile.columns, lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+    )
+    state.segmentation = SegmentationService(
+        reader,
+        generator,
+        profile,
+        grammars,
+        model_name=state.openai_serving_models.model_name(),
+        most_queries=settings.segmentation_queries,
+    )
+    state.openai_serving_chat = SegmentingChat(
+        chat,
+        reader,
+        profile,
+        structural_tag=grammars.chat(),
+        speculates=engine_client.vllm_config.speculative_config is not None,
+    )
+    return profile
+
+
+def _speak_as_trained(chat: Any, online_renderer: Any, profile: SegmentationProfile) -> None:
+    """Descriptors were trained in the family's own words; the template a model was published with may have others."""
+    template = profile.family.conversation.chat_template()
+    chat.chat_template = online_renderer.chat_template = template
+
+
+def _reader(model_config: Any) -> PictureReader:
+    """Pictures under vLLM's media rules, and under the smaller of vLLM's limits and ours."""
+    connector = MEDIA_CONNECTOR_REGISTRY.load(
+        envs.VLLM_MEDIA_CONNECTOR,
+        allowed_local_media_path=model_config.allowed_local_media_path,
+        allowed_media_domains=model_config.allowed_media_domains,
+    )
+    pixels = envs.VLLM_MAX_IMAGE_PIXELS
+    limits = ImageLimits(max_bytes=LARGEST_PICTURE, max_pixels=min(pixels, MOST_PIXELS) if pixels > 0 else MOST_PIXELS)
+    return PictureReader(connector, limits, envs.VLLM_IMAGE_FETCH_TIMEOUT)

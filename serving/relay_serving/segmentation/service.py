@@ -1,0 +1,449 @@
+"""A segmentation request's life: checked, its pictures opened, its queries answered side by side, its masks made.
+
+A query is one question about one picture: an expression, a class list, or everything. A query that fails leaves the
+others: its result carries the error. What the caller sees is a sequence of events, in the order in which they happen;
+a whole response is those events collected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from relay_models.coco_export import CocoImage, CocoMask, coco_dataset
+from relay_models.errors import LabelError
+from relay_models.images import OpenedImage
+from relay_models.text4seg import prompts
+from relay_models.text4seg.codec import OPEN_TAG, Answer, StreamDecoder
+from relay_models.text4seg.labels import BACKGROUND, restore, substitute
+from relay_serving.schemas.segmentation import (
+    GrammarMode,
+    ImageFacts,
+    LabelMap,
+    MaskFormat,
+    OnRefusal,
+    ResultError,
+    SegmentationRequest,
+    SegmentationResponse,
+    SegmentationResult,
+    Timings,
+    Usage,
+)
+from relay_serving.segmentation import results
+from relay_serving.segmentation.errors import BusyError, RequestError
+from relay_serving.segmentation.generation import Generator, Prompt, Spoken
+from relay_serving.segmentation.grammars import Grammars
+from relay_serving.segmentation.media import PictureReader
+from relay_serving.segmentation.profile import SegmentationProfile
+from relay_serving.segmentation.sampling import descriptor_sampling
+
+RETRY_AFTER_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question about every picture of a request.
+
+    Attributes:
+        wanted: labels a result is owed for, found or not; None where the model names what it finds.
+        labels: the only labels an answer may hold; None: any.
+        error: why it cannot be asked at all.
+    """
+
+    index: int
+    field: str
+    expression: str | None
+    question: str
+    wanted: tuple[str, ...] | None
+    labels: tuple[str, ...] | None
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True)
+class RowReady:
+    """A row of a grid, while its answer is still being written."""
+
+    image_index: int
+    query_index: int
+    row: int
+    runs: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class QueryDone:
+    """A query's results: one for an expression, one for each class of a list."""
+
+    results: tuple[SegmentationResult, ...]
+    label_map: LabelMap | None = None
+    coco_masks: tuple[CocoMask, ...] = ()
+
+
+@dataclass(frozen=True)
+class AllDone:
+    response: SegmentationResponse
+
+
+Event = RowReady | QueryDone | AllDone
+
+
+@dataclass
+class _Account:
+    """What a request has cost so far."""
+
+    began: float = field(default_factory=time.perf_counter)
+    usage: Usage = field(default_factory=Usage)
+    cached_tokens: int = 0
+    image_seconds: float = 0.0
+    generate_seconds: float = 0.0
+    mask_seconds: float = 0.0
+
+    def add(self, spoken: Spoken) -> None:
+        self.usage.prompt_tokens += spoken.prompt_tokens
+        self.usage.completion_tokens += len(spoken.token_ids)
+        self.usage.total_tokens = self.usage.prompt_tokens + self.usage.completion_tokens
+        self.cached_tokens += spoken.cached_tokens
+        self.usage.prompt_tokens_details = {"cached_tokens": self.cached_tokens}
+
+    def timings(self) -> Timings:
+        return Timings(
+            image_ms=round(1e3 * self.image_seconds, 2),
+            generate_ms=round(1e3 * self.generate_seconds, 2),
+            mask_ms=round(1e3 * self.mask_seconds, 2),
+            total_ms=round(1e3 * (time.perf_counter() - self.began), 2),
+        )
+
+
+class SegmentationService:
+    """Answers segmentation requests of one server.
+
+    Args:
+        most_queries: queries answered at one time; a request beyond them is refused with a time to try again.
+    """
+
+    def __init__(
+        self,
+        reader: PictureReader,
+        generator: Generator,
+        profile: SegmentationProfile,
+        grammars: Grammars,
+        *,
+        model_name: str,
+        most_queries: int,
+    ) -> None:
+        self._reader = reader
+        self._generator = generator
+        self._profile = profile
+        self._grammars = grammars
+        self._model_name = model_name
+        self._most_queries = most_queries
+        self._in_flight = 0
+
+    async def events(self, request: SegmentationRequest, uploads: Sequence[bytes] = ()) -> AsyncGenerator[Event, None]:
+        """Rows, results, and the whole response last. Raises RequestError, before the first event only.
+
+        Closing the iterator ends every query of the request.
+        """
+        account = _Account()
+        await self._generator.check_model(request.model)
+        queries = _queries_of(request, self._profile.family.check_text)
+        num_images = len(uploads) + len(request.image_urls())
+        if not num_images:
+            raise RequestError("image is missing: give a URL, or upload a file", param="image")
+        with self._admitted(len(queries) * num_images):
+            pictures = await self._read_pictures(request, uploads)
+            account.image_seconds = time.perf_counter() - account.began
+            async with contextlib.aclosing(self._answer_all(request, queries, pictures, account)) as events:
+                async for event in events:
+                    yield event
+
+    @contextlib.contextmanager
+    def _admitted(self, count: int) -> Any:
+        if count > self._most_queries:
+            raise RequestError(
+                f"expressions times images is {count}; this server answers at most {self._most_queries} at a time: "
+                "send fewer",
+                param="expressions",
+            )
+        if self._in_flight + count > self._most_queries:
+            raise BusyError(
+                f"{self._in_flight} queries are being answered and at most {self._most_queries} can be: try again",
+                retry_after=RETRY_AFTER_SECONDS,
+            )
+        self._in_flight += count
+        try:
+            yield
+        finally:
+            self._in_flight -= count
+
+    async def _read_pictures(self, request: SegmentationRequest, uploads: Sequence[bytes]) -> list[OpenedImage]:
+        from_urls = [self._reader.read_url(url, name) for name, url in request.image_urls()]
+        from_files = [self._reader.read_bytes(data, f"image.{i}" if i else "image") for i, data in enumerate(uploads)]
+        return list(await asyncio.gather(*from_files, *from_urls))
+
+    async def _answer_all(
+        self, request: SegmentationRequest, queries: list[Query], pictures: list[OpenedImage], account: _Account
+    ) -> AsyncGenerator[Event, None]:
+        events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(self._answer_into(events, request, query, picture, image_index, account))
+            for image_index, picture in enumerate(pictures)
+            for query in queries
+        ]
+        done: list[QueryDone] = []
+        try:
+            while len(done) < len(tasks):
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if isinstance(event, QueryDone):
+                    done.append(event)
+                yield event
+            yield AllDone(self._response(request, pictures, done, account))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _answer_into(
+        self,
+        events: asyncio.Queue[Event | BaseException],
+        request: SegmentationRequest,
+        query: Query,
+        picture: OpenedImage,
+        image_index: int,
+        account: _Account,
+    ) -> None:
+        """Every end of a query is an event: results, an error of its own, or ours, which ends the request."""
+        try:
+            if query.error is not None:
+                raise query.error
+            answered = _AnsweredQuery(self, request, query, picture, image_index, account)
+            async for event in answered.events():
+                events.put_nowait(event)
+        except RequestError as error:
+            events.put_nowait(QueryDone((_failed(query, image_index, error),)))
+        except Exception as error:  # handed to the reader of `events`, where it is raised
+            events.put_nowait(error)
+
+    def _response(
+        self, request: SegmentationRequest, pictures: list[OpenedImage], done: list[QueryDone], account: _Account
+    ) -> SegmentationResponse:
+        found = sorted(
+            (result for query in done for result in query.results),
+            key=lambda r: (r.image_index, r.query_index, r.index),
+        )
+        for index, result in enumerate(found):
+            result.index = index
+        label_maps = [query.label_map for query in done if query.label_map is not None]
+        label_maps.sort(key=lambda label_map: (label_map.image_index, label_map.query_index))
+        return SegmentationResponse(
+            id=f"seg-{uuid4().hex}",
+            created=int(time.time()),
+            model=request.model or self._model_name,
+            images=[ImageFacts(index=i, width=p.width, height=p.height) for i, p in enumerate(pictures)],
+            results=found,
+            label_maps=label_maps if request.mask_format is MaskFormat.LABEL_MAP else None,
+            coco=_coco_of(pictures, found, done) if request.coco else None,
+            usage=account.usage,
+            timings=account.timings(),
+        )
+
+
+class _AnsweredQuery:
+    """One query about one picture, from its prompt to its results."""
+
+    def __init__(
+        self,
+        service: SegmentationService,
+        request: SegmentationRequest,
+        query: Query,
+        picture: OpenedImage,
+        image_index: int,
+        account: _Account,
+    ) -> None:
+        self._service = service
+        self._generator = service._generator
+        self._profile = service._profile
+        self._request = request
+        self._query = query
+        self._picture = picture
+        self._image_index = image_index
+        self._account = account
+        self._request_id = f"seg-{uuid4().hex}"
+        self._decoder = StreamDecoder(self._profile.rows, self._profile.columns, query.labels)
+        self._spoken = Spoken()
+        self._is_forced = False
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        began = time.perf_counter()
+        prompt = await self._generator.prompt(
+            self._profile.prepare(self._picture.rgb),
+            self._profile.picture_id(self._picture),
+            self._query.question,
+            self._request.model,
+        )
+        async with contextlib.aclosing(self._speak(prompt)) as rows:
+            async for row in rows:
+                yield row
+        self._account.add(self._spoken)
+        score = await self._score(prompt) if self._request.score else None
+        now = time.perf_counter()
+        self._account.generate_seconds = max(self._account.generate_seconds, now - began)
+        done = await asyncio.get_running_loop().run_in_executor(None, self._make_results, score)
+        self._account.mask_seconds += time.perf_counter() - now
+        yield done
+
+    async def _speak(self, prompt: Prompt) -> AsyncGenerator[RowReady, None]:
+        """The answer's rows; where it ends without a mask and one has to be had, it is made to go on."""
+        may_refuse = self._request.grammar is GrammarMode.ON
+        async for row in self._rows(prompt, self._grammar(may_refuse=may_refuse), ""):
+            yield row
+        refused = OPEN_TAG not in self._spoken.text and self._spoken.finish_reason != "length"
+        if not (may_refuse and refused and self._request.on_refusal is OnRefusal.FORCE):
+            return
+        self._is_forced = True
+        self._spoken.take_back(self._generator.end_token_ids)
+        async for row in self._rows(prompt, self._grammar(may_refuse=False), "-forced"):
+            yield row
+
+    async def _rows(self, prompt: Prompt, grammar: str | None, suffix: str) -> AsyncGenerator[RowReady, None]:
+        """Have the model go on from what it has said, and read what it says."""
+        said = self._spoken
+        prompt = prompt.followed_by(said.token_ids)
+        params = descriptor_sampling(
+            max_tokens=self._max_tokens(prompt),
+            temperature=self._request.temperature,
+            seed=self._request.seed,
+            grammar=grammar,
+        )
+        spoken = Spoken()
+        heard = 0
+        async with contextlib.aclosing(self._generator.speak(prompt, params, self._request_id + suffix)) as outputs:
+            async for spoken in outputs:
+                events = self._decoder.feed(spoken.text[heard:])
+                heard = len(spoken.text)
+                for event in events:
+                    yield self._row_ready(event)
+        self._spoken = said.followed_by(spoken)
+
+    def _row_ready(self, event: Any) -> RowReady:
+        return RowReady(self._image_index, self._query.index, event.row, results.runs_of(event))
+
+    def _grammar(self, *, may_refuse: bool) -> str | None:
+        if self._request.grammar is GrammarMode.OFF:
+            return None
+        labels = self._query.labels
+        return self._service._grammars.answer(labels) if may_refuse else self._service._grammars.forced(labels)
+
+    def _max_tokens(self, prompt: Prompt) -> int:
+        """As many as may be needed, within what the context leaves; refused where not even a plain grid fits."""
+        left = self._generator.context - len(prompt.token_ids)
+        least = self._service._grammars.least_tokens
+        if left < least:
+            raise RequestError(
+                f"the prompt takes {len(prompt.token_ids)} of {self._generator.context} tokens, and an answer needs at "
+                f"least {least}: shorten {self._query.field}, or serve with a larger --max-model-len",
+                param=self._query.field,
+            )
+        asked = self._request.max_tokens
+        return left if asked is None else max(1, min(left, asked - len(self._spoken.token_ids)))
+
+    async def _score(self, prompt: Prompt) -> float | None:
+        """Mean probability of the tokens that spell the label, as the model gives them without a grammar."""
+        answer = self._decoder.finish()
+        if not answer.descriptors:
+            return None
+        said = self._spoken
+        pieces = await self._generator.token_probabilities(prompt, said.token_ids, f"{self._request_id}-score")
+        return results.label_probability(pieces, answer.descriptors[0], said.text)
+
+    def _make_results(self, score: float | None) -> QueryDone:
+        answer = self._decoder.finish()
+        request, query, picture = self._request, self._query, self._picture
+        place = {"image_index": self._image_index, "query_index": query.index}
+        if not answer.descriptors:
+            return QueryDone((self._nothing(answer, place),))
+        descriptor = answer.descriptors[0]
+        write = results.MaskOptions(request.mask_format, request.components)
+        made, coco_masks = [], []
+        for index, found in enumerate(results.masks_of(descriptor, picture.height, picture.width, query.wanted)):
+            result = results.result_of(found, descriptor, write, index=index, **place)
+            result.expression, result.score, result.forced = query.expression, score, self._is_forced
+            made.append(result)
+            if request.coco and not result.empty:
+                coco_masks.append(CocoMask(self._image_index, result.label or "", found.mask_HW, score))
+        if not made:  # everything is background
+            nothing = self._nothing(answer, place)
+            nothing.status, nothing.text = descriptor.status.value, descriptor.text
+            made.append(nothing)
+        label_map = None
+        if request.mask_format is MaskFormat.LABEL_MAP:
+            label_map = results.label_map_of(descriptor, picture.height, picture.width, **place)
+        return QueryDone(tuple(made), label_map, tuple(coco_masks))
+
+    def _nothing(self, answer: Answer, place: dict[str, int]) -> SegmentationResult:
+        query = self._query
+        label = restore(query.wanted[0]) if query.wanted and len(query.wanted) == 1 else None
+        result = results.nothing_found(label, answer.text, index=0, **place)
+        result.expression, result.forced = query.expression, self._is_forced
+        return result
+
+
+def _queries_of(request: SegmentationRequest, check_text: Callable[[str, str], None]) -> list[Query]:
+    """What to ask about each picture. An expression that no descriptor can carry becomes a query with an error.
+
+    Raises RequestError for a class list, of which no class can be left out.
+    """
+    if request.everything:
+        question = prompts.question(prompts.Subject.everything())
+        return [Query(0, "everything", None, question, None, None)]
+    if request.classes is not None:
+        try:
+            names = [_label(name, f"classes.{i}", check_text) for i, name in enumerate(request.classes)]
+            wanted = tuple(dict.fromkeys(name for name in names if name != BACKGROUND))
+            question = prompts.question(prompts.Subject.classes(wanted))
+        except LabelError as error:
+            raise RequestError(str(error), param="classes") from error
+        return [Query(0, "classes", None, question, wanted, wanted)]
+    return [_referring(index, text, check_text) for index, text in enumerate(request.expressions or [])]
+
+
+def _referring(index: int, expression: str, check_text: Callable[[str, str], None]) -> Query:
+    name = f"expressions.{index}"
+    try:
+        label = _label(expression, name, check_text)
+        question = prompts.question(prompts.Subject.refer(label))
+    except LabelError as error:
+        return Query(index, name, expression, "", None, None, RequestError(str(error), param=name))
+    return Query(index, name, expression, question, (label,), (label,))
+
+
+def _label(text: str, name: str, check_text: Callable[[str, str], None]) -> str:
+    """The string that stands in the question and in the descriptor for what was asked. Raises LabelError."""
+    label = substitute(text.strip())
+    check_text(name, label)
+    return label
+
+
+def _coco_of(pictures: list[OpenedImage], found: list[SegmentationResult], done: list[QueryDone]) -> dict[str, Any]:
+    """All masks that are not empty as a COCO dataset; image ids are the request's indices."""
+    images = [CocoImage(i, f"image-{i}", picture.width, picture.height) for i, picture in enumerate(pictures)]
+    categories = list(dict.fromkeys(result.label for result in found if result.label))
+    return coco_dataset(images, categories, [mask for query in done for mask in query.coco_masks])
+
+
+def _failed(query: Query, image_index: int, error: RequestError) -> SegmentationResult:
+    return SegmentationResult(
+        index=0,
+        image_index=image_index,
+        query_index=query.index,
+        expression=query.expression,
+        label=query.expression,
+        status="error",
+        error=ResultError(message=str(error), type=error.type, param=error.param or query.field),
+    )

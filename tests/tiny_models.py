@@ -1,0 +1,139 @@
+"""Multimodal models small enough for a test: complete Hugging Face folders with random weights, made in seconds.
+
+A folder made here is loaded by transformers and by vLLM like any published one. The tokenizer is that of the embedded
+model, so the text is real text; the weights are random, so what the model says is not.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+IMAGE_TOKEN = "<image>"
+VOCABULARY_MULTIPLE = 64  # llava-hf pads its embeddings to a multiple of 64 after adding <image> and <pad>
+CONTEXT_TOKENS = 4096
+
+
+def make_tiny_llava(
+    folder: Path,
+    *,
+    seed: int = 0,
+    image_size: int = 112,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_folder: Path | None = None,
+) -> Path:
+    """Write a LLaVA-1.5 of 7 million random weights: two CLIP layers, two Llama layers, SmolLM2's words.
+
+    Args:
+        folder: made if absent; an existing folder of that name is replaced.
+        seed: of the weights; equal seeds write equal bytes.
+        image_size: pixels a side, a multiple of 14; an image takes ``(image_size / 14)²`` tokens (64 by default).
+        dtype: of the stored weights.
+        tokenizer_folder: where the tokenizer is read; by default the embedded model, prepared if it is not yet.
+
+    Returns the folder.
+    """
+    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+    from relay_models.text4seg.families import llava15
+    from relay_models.text4seg.profiles import Style
+
+    if image_size % 14:
+        raise ValueError(f"image_size must be a multiple of the patch size 14, got {image_size}")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or _embedded_model())
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    tokenizer.model_max_length = CONTEXT_TOKENS
+    config = _tiny_llava_config(tokenizer, image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config).to(dtype)
+        _spread_logits(model)
+    turns = llava15.conversation(Style.PLAIN, begins_text=False, end_of_answer=tokenizer.eos_token)
+    # A square resize and no crop: what is left of CLIP's own geometry would cut the sides of a wide picture.
+    square = {"height": image_size, "width": image_size}
+    image_processor = CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False)
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=turns.chat_template(),
+    )
+    if folder.exists():
+        shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    _name_weights_as_published(folder / "model.safetensors")
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _embedded_model() -> Path:
+    from relay_serving.embedded_model import prepare
+
+    return prepare()
+
+
+def _tiny_llava_config(tokenizer: object, image_size: int) -> object:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=14,
+        projection_dim=64,
+    )
+    vocabulary = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=vocabulary,
+        max_position_embeddings=CONTEXT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-5,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_seq_length=(image_size // 14) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+
+
+def _name_weights_as_published(file: Path) -> None:
+    """transformers 5 writes ``vision_tower.embeddings``; vLLM reads only llava-hf's ``vision_tower.vision_model``."""
+    from safetensors.torch import load_file, save_file
+
+    tower = "vision_tower."
+    weights = {
+        name.replace(tower, f"{tower}vision_model.", 1) if name.startswith(tower) else name: weight
+        for name, weight in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _spread_logits(model: torch.nn.Module) -> None:
+    """Weights as initialised give all but equal logits, and an image that changes nothing; make both visible."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_(std=0.1)
+            elif name.endswith(("embed_tokens.weight", "position_embedding.weight", "class_embedding")):
+                weight.normal_(std=0.5)
+            elif weight.dim() >= 2:
+                weight.normal_(std=1 / weight[0].numel() ** 0.5)
