@@ -17,11 +17,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from relay_benchmarks import drafting
 from relay_benchmarks.decode import DecodeOptions, Report, RunFacts, Workload, run_decode
 from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.machine import Machine
 from relay_benchmarks.results_file import RESULTS_FOLDER, ResultsFile
 from relay_benchmarks.sides import Engine, Side, check_sides, close_all, environment_of
+from relay_models.errors import RelayModelsError
 from relay_serving import embedded_model
 from relay_serving.errors import ModelNotFoundError, RelayServingError
 from relay_serving.settings import RelaySettings
@@ -86,6 +88,17 @@ def _add_experiments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=_DEFAULTS.seed, metavar="N", help="of the prompts (%(default)s)")
     add("--output", type=Path, metavar="CSV", help="append rows here (default: results/<machine>.csv of this package)")
     decode.set_defaults(run_experiment=_decode)
+    rows = experiments.add_parser(
+        "drafting",
+        help="passes a token of drafted segmentation answers, against vLLM's n-gram",
+        description="Replays ground-truth descriptors: tokens of three formats, and passes with n-gram and row drafts.",
+    )
+    drafting.add_arguments(rows)
+    rows.set_defaults(run_experiment=_drafting)
+
+
+def _drafting(args: argparse.Namespace) -> None:
+    print(drafting.report(drafting.run(args)), flush=True)
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -202,9 +215,9 @@ class _Interruptible:
             args.run_experiment(args)
         except KeyboardInterrupt:
             return 128 + (self._stopped_by or signal.SIGINT)
-        except RelayServingError as error:
+        except (RelayServingError, RelayModelsError) as error:
             print(f"vllm-relay bench: error: {error}", file=sys.stderr)
-            return error.exit_status
+            return getattr(error, "exit_status", 1)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

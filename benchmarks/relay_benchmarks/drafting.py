@@ -1,6 +1,6 @@
 """How long a mask is as text, and how many passes of a model write it: full length, I-RLE, R-RLE, R-RLE with drafts.
 
-    python -m relay_benchmarks.drafting ../shared/data/seg-tiny/val.jsonl
+    vllm-relay bench drafting val.jsonl
 
 Re-measures the claim of Text4Seg (arXiv 2410.09855, section 3.2) that R-RLE saves 74 % of the tokens, and what
 speculation saves on top of it. Answers are ground truth: each expression of the file, the union of the masks it means
@@ -31,13 +31,11 @@ from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.machine import Machine, commit, installed
 from relay_benchmarks.results_file import ResultsFile
 from relay_benchmarks.summary import table
-from relay_models.errors import RelayModelsError
 from relay_models.masks import from_coco_rle
 from relay_models.text4seg import codec, prompts
 from relay_models.text4seg.geometry import reduce_to_grid
 from relay_models.text4seg.replay import Propose, Replay, replay
 from relay_models.text4seg.row_drafter import RowDrafter, Vocabulary
-from relay_serving.errors import RelayServingError
 
 NGRAM_PATTERNS = ((5, 5), (2, 5), (1, 3))  # shortest and longest; the first is what vLLM takes unasked
 LARGE_AREA = 0.05  # of the frame
@@ -325,16 +323,9 @@ def run(options: argparse.Namespace) -> list[Line]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m relay_benchmarks.drafting", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    try:
-        lines = run(parser.parse_args(argv))
-    except (RelayServingError, RelayModelsError) as error:
-        print(f"vllm-relay: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 1)
-    print("Means of a descriptor, in tokens and passes", mean_table(lines), "Totals", total_table(lines), sep="\n\n")
-    return 0
+def report(lines: Sequence[Line]) -> str:
+    """Both tables, for a person."""
+    return "\n\n".join(["Means of a descriptor, in tokens and passes", mean_table(lines), "Totals", total_table(lines)])
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -342,6 +333,3 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 _integers.__name__ = "list of whole numbers"  # argparse names the type by it
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from relay_serving import embedded_model, plugin_names, preflight, relay_flags
+from relay_serving import convert_command, embedded_model, known_checkpoints, plugin_names, preflight, relay_flags
 from relay_serving.errors import RelayServingError, UsageError
 from relay_serving.settings import KILL_SWITCH, cache_folder
 from relay_serving.start_defaults import compile_cache_environment
@@ -73,6 +73,7 @@ def serve(words: list[str]) -> int:
         return _show_help(words, environment)
     if words and not words[0].startswith("-"):
         preflight.check_model(words[0])
+        words = known_checkpoints.servable(words)
     elif not names_a_model(words):
         words = [str(_prepare_unless_stopped()), *words]
     return supervise(["serve", *words], environment, cache_folder() / "logs")
@@ -99,8 +100,6 @@ def bench(words: list[str]) -> int:
 def convert(words: list[str]) -> int:
     if not words or words[0] != "text4seg":
         raise UsageError(f"convert knows text4seg, got {words[0] if words else 'nothing'!r}")
-    from relay_serving import convert_command
-
     return convert_command.run(words[1:])
 
 

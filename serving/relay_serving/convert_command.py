@@ -6,10 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from relay_models.errors import CheckpointError
 from relay_models.text4seg.profiles import Style
 from relay_serving.errors import RelayServingError
+
+if TYPE_CHECKING:
+    from relay_models.text4seg.convert import Conversion
 
 
 class ConversionError(RelayServingError):
@@ -17,8 +21,25 @@ class ConversionError(RelayServingError):
 
 
 def run(words: Sequence[str]) -> int:
-    """Convert, with a progress bar. Raises ConversionError."""
+    """Convert as the command line says. Raises ConversionError."""
     args = _parser().parse_args(words)
+    made = convert_with_progress(
+        args.source,
+        args.target,
+        base=args.base,
+        vision_tower=args.vision_tower,
+        grid=args.grid,
+        style=None if args.style is None else Style(args.style),
+    )
+    print(
+        f"{made.folder}: {made.num_tensors} tensors, {made.num_bytes / 1e9:.2f} GB, descriptors of {made.grid} by "
+        f"{made.grid} cells\nvllm-relay serve {made.folder}"
+    )
+    return 0
+
+
+def convert_with_progress(source: str, target: Path, **options: Any) -> Conversion:
+    """`relay_models.text4seg.convert.convert` with a bar on stderr. Raises ConversionError."""
     from tqdm import tqdm
 
     from relay_models.text4seg.convert import convert  # imports PyTorch
@@ -30,22 +51,9 @@ def run(words: Sequence[str]) -> int:
             bar.update(done - bar.n)
 
         try:
-            made = convert(
-                args.source,
-                args.target,
-                base=args.base,
-                vision_tower=args.vision_tower,
-                grid=args.grid,
-                style=None if args.style is None else Style(args.style),
-                progress=show,
-            )
+            return convert(source, target, progress=show, **options)
         except CheckpointError as error:
             raise ConversionError(str(error)) from error
-    print(
-        f"{made.folder}: {made.num_tensors} tensors, {made.num_bytes / 1e9:.2f} GB, descriptors of {made.grid} by "
-        f"{made.grid} cells\nvllm-relay serve {made.folder}"
-    )
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ the openai client's stream helper needs to put deltas together.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -16,12 +17,11 @@ from typing import Any
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.sampling_params import StructuredOutputsParams
 
-from relay_models.images import OpenedImage
 from relay_models.text4seg.codec import Answer, StreamDecoder, decode_answer
 from relay_serving.schemas.segmentation import GrammarMode, MaskFormat
 from relay_serving.segmentation import results
 from relay_serving.segmentation.errors import RequestError
-from relay_serving.segmentation.media import PictureReader
+from relay_serving.segmentation.media import Picture, PictureReader
 from relay_serving.segmentation.profile import SegmentationProfile
 from relay_serving.segmentation.sampling import REFUSED_UNDER_SPECULATION, as_segmentation_request
 
@@ -55,7 +55,7 @@ class ChatOptions:
 class Pictures:
     """The pictures of a conversation, and which of them the answer is about."""
 
-    opened: tuple[OpenedImage, ...]
+    opened: tuple[Picture, ...]
     candidates: tuple[int, ...]
 
     def index_of(self, block: int) -> int:
@@ -96,7 +96,7 @@ class SegmentingChat:
             forced.structured_outputs = StructuredOutputsParams(structural_tag=self._structural_tag)
         answer = await self._chat.create_chat_completion(forced, raw_request)
         if isinstance(answer, ChatCompletionResponse):
-            self._add_masks(answer, pictures, options)
+            await asyncio.to_thread(self._add_masks, answer, pictures, options)
             return answer
         return self._stream(answer, pictures, options) if isinstance(answer, AsyncGenerator) else answer
 
@@ -113,7 +113,7 @@ class SegmentingChat:
 
     async def _take_pictures(self, request: ChatCompletionRequest) -> Pictures:
         """Open every picture of the conversation, and put what the model will see in its place."""
-        opened: list[OpenedImage] = []
+        opened: list[Picture] = []
         last_message: list[int] = []
         for m, message in enumerate(request.messages):
             content = message.get("content")
@@ -128,11 +128,7 @@ class SegmentingChat:
                 picture = await self._reader.read_url(url, f"messages.{m}.content.{p}.image_url.url")
                 in_message.append(len(opened))
                 opened.append(picture)
-                parts[p] = {
-                    "type": "image_pil",
-                    "image_pil": self._profile.prepare(picture.rgb),
-                    "uuid": self._profile.picture_id(picture),
-                }
+                parts[p] = {"type": "image_pil", "image_pil": picture.square, "uuid": picture.id}
             if in_message:
                 message["content"] = parts
                 last_message = in_message
@@ -185,12 +181,12 @@ class SegmentingChat:
                 if chunk is None or not chunk.get("choices"):
                     yield event
                     continue
-                for out in self._with_segmentation(chunk, choices, pictures, options):
+                for out in await self._with_segmentation(chunk, choices, pictures, options):
                     yield f"data: {json.dumps(out, ensure_ascii=False, separators=(',', ':'))}\n\n"
         finally:
             await events.aclose()
 
-    def _with_segmentation(
+    async def _with_segmentation(
         self, chunk: dict[str, Any], choices: dict[int, _StreamedChoice], pictures: Pictures, options: ChatOptions
     ) -> list[dict[str, Any]]:
         (choice,) = chunk["choices"]
@@ -209,7 +205,7 @@ class SegmentingChat:
         if delta.get("content") or delta.get("segmentation"):
             before.append(_unfinished(chunk, choice, delta))
         if answer.descriptors:
-            masks = self._masks(answer, pictures, options)
+            masks = await asyncio.to_thread(self._masks, answer, pictures, options)
             before.append(_unfinished(chunk, choice, {"segmentation": masks}))
         return [*before, finish]
 

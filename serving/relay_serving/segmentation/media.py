@@ -9,20 +9,39 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import requests
+from PIL import Image
 from vllm.exceptions import VLLMError
 from vllm.multimodal.media.base import MediaIO
 
 from relay_models.errors import ImageError
-from relay_models.images import ImageLimits, OpenedImage, open_image
+from relay_models.images import ImageLimits, open_image
 from relay_serving.segmentation.errors import BodyTooLargeError, RequestError, UnreachableMediaError
 
 _SHOWN = 64  # characters of a URL in a message
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a request, once it has been read.
+
+    Attributes:
+        square: what the model sees of it.
+        id: the same for the same bytes shown in the same way: vLLM's caches may then reuse the encoder's work.
+        width, height: of the upright original, in pixels.
+    """
+
+    square: Image.Image
+    id: str
+    width: int
+    height: int
 
 
 class PictureReader:
@@ -32,30 +51,42 @@ class PictureReader:
         connector: vLLM's MediaConnector with the server's settings.
         limits: what a picture may be.
         fetch_timeout: seconds.
+        squash: an upright picture as the model is to see it.
     """
 
-    def __init__(self, connector: Any, limits: ImageLimits, fetch_timeout: int) -> None:
+    def __init__(
+        self,
+        connector: Any,
+        limits: ImageLimits,
+        fetch_timeout: int,
+        squash: Callable[[Image.Image], Image.Image],
+    ) -> None:
         self._connector = connector
+        self._squash = squash
         self._media_io = BytesIO(limits.max_bytes)
         self._limits = limits
         self._fetch_timeout = fetch_timeout
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="relay-pictures")
 
-    async def read_url(self, url: str, field: str) -> OpenedImage:
+    async def read_url(self, url: str, field: str) -> Picture:
         """Raises RequestError naming `field`."""
         return await self.read_bytes(await self._fetch(url, field), field)
 
-    async def read_bytes(self, data: bytes, field: str) -> OpenedImage:
+    async def read_bytes(self, data: bytes, field: str) -> Picture:
         """Raises RequestError naming `field`."""
         if len(data) > self._limits.max_bytes:
             raise BodyTooLargeError(
                 f"{field} holds {len(data)} bytes; at most {self._limits.max_bytes} are read", param=field
             )
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._pool, lambda: open_image(data, limits=self._limits, name=field))
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._open, data, field)
         except ImageError as error:
             raise RequestError(str(error), param=field) from error
+
+    def _open(self, data: bytes, field: str) -> Picture:
+        opened = open_image(data, limits=self._limits, name=field)
+        square = self._squash(opened.rgb)
+        return Picture(square, f"{opened.sha256}-{square.width}x{square.height}", opened.width, opened.height)
 
     async def _fetch(self, url: str, field: str) -> bytes:
         if url[:5].lower() == "data:":

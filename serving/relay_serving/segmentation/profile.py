@@ -10,9 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
-from relay_models.images import OpenedImage
 from relay_models.text4seg.families.family import Family
 from relay_models.text4seg.families.registry import family_of, require_family
 from relay_models.text4seg.profiles import is_trained
@@ -32,14 +29,6 @@ class SegmentationProfile:
     @property
     def columns(self) -> int:
         return self.family.grid
-
-    def prepare(self, picture: Image.Image) -> Image.Image:
-        """The picture as the model sees it: squashed, so that the grid covers all of it and nothing else."""
-        return self.family.squash(picture)
-
-    def picture_id(self, picture: OpenedImage) -> str:
-        """The same for the same bytes shown in the same way: vLLM's caches may then reuse the encoder's work."""
-        return f"{picture.sha256}-{self.family.image_side}"
 
 
 def resolve(setting: str, config: Mapping[str, Any], model: str) -> SegmentationProfile | None:

@@ -31,7 +31,7 @@ def install(engine_client: Any, state: Any, settings: RelaySettings) -> Segmenta
         return None
     if state.args.chat_template is None:
         _speak_as_trained(chat, state.online_renderer, profile)
-    reader = _reader(model_config)
+    reader = _reader(model_config, profile)
     generator = Generator(chat, engine_client)
     tokenizer = generator.tokenizer
     grammars = Grammars(
@@ -61,7 +61,7 @@ def _speak_as_trained(chat: Any, online_renderer: Any, profile: SegmentationProf
     chat.chat_template = online_renderer.chat_template = template
 
 
-def _reader(model_config: Any) -> PictureReader:
+def _reader(model_config: Any, profile: SegmentationProfile) -> PictureReader:
     """Pictures under vLLM's media rules, and under the smaller of vLLM's limits and ours."""
     connector = MEDIA_CONNECTOR_REGISTRY.load(
         envs.VLLM_MEDIA_CONNECTOR,
@@ -70,4 +70,4 @@ def _reader(model_config: Any) -> PictureReader:
     )
     pixels = envs.VLLM_MAX_IMAGE_PIXELS
     limits = ImageLimits(max_bytes=LARGEST_PICTURE, max_pixels=min(pixels, MOST_PIXELS) if pixels > 0 else MOST_PIXELS)
-    return PictureReader(connector, limits, envs.VLLM_IMAGE_FETCH_TIMEOUT)
+    return PictureReader(connector, limits, envs.VLLM_IMAGE_FETCH_TIMEOUT, profile.family.squash)

@@ -17,7 +17,6 @@ from uuid import uuid4
 
 from relay_models.coco_export import CocoImage, CocoMask, coco_dataset
 from relay_models.errors import LabelError
-from relay_models.images import OpenedImage
 from relay_models.text4seg import prompts
 from relay_models.text4seg.codec import OPEN_TAG, Answer, StreamDecoder
 from relay_models.text4seg.labels import BACKGROUND, restore, substitute
@@ -38,7 +37,7 @@ from relay_serving.segmentation import results
 from relay_serving.segmentation.errors import BusyError, RequestError
 from relay_serving.segmentation.generation import Generator, Prompt, Spoken
 from relay_serving.segmentation.grammars import Grammars
-from relay_serving.segmentation.media import PictureReader
+from relay_serving.segmentation.media import Picture, PictureReader
 from relay_serving.segmentation.profile import SegmentationProfile
 from relay_serving.segmentation.sampling import descriptor_sampling
 
@@ -180,13 +179,13 @@ class SegmentationService:
         finally:
             self._in_flight -= count
 
-    async def _read_pictures(self, request: SegmentationRequest, uploads: Sequence[bytes]) -> list[OpenedImage]:
+    async def _read_pictures(self, request: SegmentationRequest, uploads: Sequence[bytes]) -> list[Picture]:
         from_urls = [self._reader.read_url(url, name) for name, url in request.image_urls()]
         from_files = [self._reader.read_bytes(data, f"image.{i}" if i else "image") for i, data in enumerate(uploads)]
         return list(await asyncio.gather(*from_files, *from_urls))
 
     async def _answer_all(
-        self, request: SegmentationRequest, queries: list[Query], pictures: list[OpenedImage], account: _Account
+        self, request: SegmentationRequest, queries: list[Query], pictures: list[Picture], account: _Account
     ) -> AsyncGenerator[Event, None]:
         events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         tasks = [
@@ -214,7 +213,7 @@ class SegmentationService:
         events: asyncio.Queue[Event | BaseException],
         request: SegmentationRequest,
         query: Query,
-        picture: OpenedImage,
+        picture: Picture,
         image_index: int,
         account: _Account,
     ) -> None:
@@ -231,7 +230,7 @@ class SegmentationService:
             events.put_nowait(error)
 
     def _response(
-        self, request: SegmentationRequest, pictures: list[OpenedImage], done: list[QueryDone], account: _Account
+        self, request: SegmentationRequest, pictures: list[Picture], done: list[QueryDone], account: _Account
     ) -> SegmentationResponse:
         found = sorted(
             (result for query in done for result in query.results),
@@ -262,7 +261,7 @@ class _AnsweredQuery:
         service: SegmentationService,
         request: SegmentationRequest,
         query: Query,
-        picture: OpenedImage,
+        picture: Picture,
         image_index: int,
         account: _Account,
     ) -> None:
@@ -282,10 +281,7 @@ class _AnsweredQuery:
     async def events(self) -> AsyncGenerator[Event, None]:
         began = time.perf_counter()
         prompt = await self._generator.prompt(
-            self._profile.prepare(self._picture.rgb),
-            self._profile.picture_id(self._picture),
-            self._query.question,
-            self._request.model,
+            self._picture.square, self._picture.id, self._query.question, self._request.model
         )
         async with contextlib.aclosing(self._speak(prompt)) as rows:
             async for row in rows:
@@ -430,7 +426,7 @@ def _label(text: str, name: str, check_text: Callable[[str, str], None]) -> str:
     return label
 
 
-def _coco_of(pictures: list[OpenedImage], found: list[SegmentationResult], done: list[QueryDone]) -> dict[str, Any]:
+def _coco_of(pictures: list[Picture], found: list[SegmentationResult], done: list[QueryDone]) -> dict[str, Any]:
     """All masks that are not empty as a COCO dataset; image ids are the request's indices."""
     images = [CocoImage(i, f"image-{i}", picture.width, picture.height) for i, picture in enumerate(pictures)]
     categories = list(dict.fromkeys(result.label for result in found if result.label))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
@@ -150,9 +150,9 @@ class RelayStep:
 
 @dataclass
 class RelayCPUMetadata(CPUAttentionMetadata):
-    """vLLM's metadata, and the relay step where one was planned."""
+    """vLLM's metadata of a step that relay runs, and that step."""
 
-    relay: RelayStep | None = None
+    relay: RelayStep = field(kw_only=True)
 
 
 class RelayCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -182,23 +182,27 @@ class RelayCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> RelayCPUMetadata:
-        """vLLM's metadata, which layers that are not relayed need, and this step's plan."""
+    ) -> CPUAttentionMetadata:
+        """vLLM's metadata, which layers that are not relayed need, and this step's plan where it has one."""
         stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
         begin = time.perf_counter_ns()
         relay = self._plan(common_attn_metadata)
         self.counters.add("planning_ns", time.perf_counter_ns() - begin)
+        if relay is None:
+            return stock
         return RelayCPUMetadata(**{f.name: getattr(stock, f.name) for f in fields(CPUAttentionMetadata)}, relay=relay)
 
     def _plan(self, common: CommonAttentionMetadata) -> RelayStep | None:
         self.counters.add("steps")
+        runs_anyway = self.kernel == "triton"  # vLLM's kernel could not read the unpacked cache
+        if common.num_reqs < 2 and not runs_anyway:
+            return None
         # vLLM's "device" tensors live on the host here, and seq_lens is exact, not the optimistic bound.
         block_table = common.block_table_tensor[: common.num_reqs]
         query_start = common.query_start_loc[: common.num_reqs + 1].numpy()
         query_lens = query_start[1:] - query_start[:-1]
         seq_lens = common.seq_lens[: common.num_reqs].numpy()
         is_eligible = can_share(block_table.numpy(), query_lens, seq_lens, block_size=self.block_size)
-        runs_anyway = self.kernel == "triton"  # vLLM's kernel could not read the unpacked cache
         if is_eligible:
             self.counters.add("eligible_steps")
         elif not runs_anyway:

@@ -97,7 +97,7 @@ needs_val = pytest.mark.skipif(not VAL.exists(), reason="no seg-tiny beside this
 
 
 @needs_val
-def test_every_fifth_photo_takes_a_tenth_of_a_pass_for_a_token(tokenizer: Any) -> None:
+def test_every_fifth_mask_takes_at_most_a_tenth_of_a_pass_for_a_token(tokenizer: Any) -> None:
     from relay_benchmarks.drafting import make_sample, measure, read_masks
     from relay_models.text4seg.row_drafter import RowDrafter, Vocabulary
 

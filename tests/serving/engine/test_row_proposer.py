@@ -130,7 +130,7 @@ def test_drafts_save_passes_and_stay_within_blocks(
         print(f"{side}: {len(answer)} tokens in {len(rows)} passes, {drafts} of them drafted")
         if request["grammar"]:
             assert drafts > 10
-            assert len(rows) < 0.8 * len(answer), "even a model that draws at random writes what the grammar fixes"
+            assert len(rows) < 0.9 * len(answer), "even a model that draws at random writes what the grammar fixes"
         else:
             assert drafts == 0
             assert len(rows) == len(answer)
