@@ -111,7 +111,7 @@ def engine_environment(words: Sequence[str], config: Mapping[str, Any] | None = 
     if KILL_SWITCH in os.environ or KILL_SWITCH in changes:
         changes[KILL_SWITCH] = "1" if enabled else "0"  # a flag won over it; the plugin reads it too
     if _engine_is_for_cpu():
-        changes |= compile_cache_environment(os.environ, cache_folder())
+        changes |= compile_cache_environment(os.environ, cache_folder(), loads_artefacts=enabled)
     return {**os.environ, **changes}
 
 

@@ -95,13 +95,18 @@ def missing_for_compiling() -> str | None:
     return None
 
 
-def compile_cache_environment(environment: Mapping[str, str], cache: Path) -> dict[str, str]:
+def compile_cache_environment(
+    environment: Mapping[str, str], cache: Path, *, loads_artefacts: bool = False
+) -> dict[str, str]:
     """Variables that let a second start on CPU reuse what the first compiled; none that the user has set.
 
-    vLLM's ahead-of-time artefacts are written on CPU but never load again, so each start compiled for 40 s;
-    Inductor's own cache does load, and must outlive /tmp. They must be set before PyTorch is imported.
+    Inductor's cache must outlive /tmp. vLLM's ahead-of-time artefacts are written on CPU too, but load again only where
+    relay's plugin is loaded (see PATCHES.md); elsewhere writing them means compiling for 40 s at each start. The
+    variables must be set before PyTorch is imported.
     """
-    wanted = {"VLLM_USE_AOT_COMPILE": "0", "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+    wanted = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+    if not loads_artefacts:
+        wanted["VLLM_USE_AOT_COMPILE"] = "0"
     return {name: value for name, value in wanted.items() if not environment.get(name)}
 
 

@@ -278,6 +278,8 @@ def test_without_a_compiler_execution_is_eager_unless_the_user_asked_to_compile(
 def test_variables_the_user_set_are_left_alone(tmp_path):
     wanted = start_defaults.compile_cache_environment({"TORCHINDUCTOR_CACHE_DIR": "/mine"}, tmp_path)
     assert wanted == {"VLLM_USE_AOT_COMPILE": "0"}
+    wanted = start_defaults.compile_cache_environment({}, tmp_path, loads_artefacts=True)
+    assert wanted == {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
 
 
 # ---- which model

@@ -208,11 +208,17 @@ def test_two_api_servers_count_one_engine_once(guarded_server: RelayServer) -> N
 
 @pytest.mark.slow
 def test_every_default_serves(start_server: StartServer, tmp_path: Path) -> None:
-    """No flag at all: the model is compiled, and its answers are those of the eager server by a wide margin."""
-    with start_server(tmp_path / "defaults.log") as server:
+    """No flag at all: the model is compiled, its answers are the eager server's by a wide margin; then it is loaded."""
+    cache = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm")}
+    with start_server(tmp_path / "first.log", **cache) as server:
+        test_a_chat_is_answered(server)
+        assert "enforce_eager=False" in server.log
+        assert "saved AOT compiled function" in server.log
+    with start_server(tmp_path / "second.log", **cache) as server:
         test_a_chat_is_answered(server)
         test_a_completion_is_answered_with_logprobs(server)
-        assert "enforce_eager=False" in server.log
+        assert "Directly load AOT compilation" in server.log
+        assert "Compiling model again" not in server.log
 
 
 @pytest.mark.slow

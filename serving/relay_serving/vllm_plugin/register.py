@@ -12,6 +12,7 @@ import os
 
 from relay_serving import plugin_names
 from relay_serving.settings import CpuKernel, RelaySettings
+from relay_serving.vllm_plugin import aot_load_repair
 
 BACKEND_PATH = "relay_serving.vllm_plugin.attention_backend.RelayCPUBackend"
 
@@ -41,6 +42,7 @@ def register() -> None:
             current_platform.device_name,
         )
         return
+    aot_load_repair.repair()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)

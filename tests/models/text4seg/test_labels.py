@@ -103,6 +103,7 @@ def test_a_label_that_looks_dangerous_but_is_carried(label):
     [
         ("a|b", "a¦b"),
         ("sign *5", "sign ∗5"),
+        ("a *0", "a ∗0"),
         ("the <seg> and </seg>", "the ‹seg> and ‹/seg>"),
         ("two\nlines", "two↵lines"),
         ("a¦b", "a⧵a6;b"),
