@@ -187,8 +187,9 @@ def test_the_api_key_guards_v1(guarded_server: RelayServer) -> None:
     with pytest.raises(openai.AuthenticationError):
         client_of(guarded_server, "wrong").models.list()
     assert [model.id for model in client_of(guarded_server, KEY).models.list()] == [MODEL]
-    status, _ = post(guarded_server, "/v1/completions", json.dumps({"model": MODEL, "prompt": "hi"}).encode())
-    assert status == 401
+    for path, body in (("/v1/completions", {"model": MODEL, "prompt": "hi"}), ("/v1/segmentations", {})):
+        status, _ = post(guarded_server, path, json.dumps(body).encode())
+        assert status == 401, path
 
 
 @pytest.mark.slow
