@@ -190,8 +190,7 @@ class Child:
             self.process.send_signal(signal_number)
 
     def end(self) -> None:
-        """Kill what is left of the group, then let the readers finish."""
-        self.stopping = True
+        """Kill what is left of the group, then let the readers finish: its last words are shown too."""
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             try:
@@ -202,6 +201,7 @@ class Child:
         self.process.wait()
         for thread in self._threads:
             thread.join(timeout=2)
+        self.stopping = True
 
     def failure(self) -> RelayServingError:
         if self._usage_error is not None:
