@@ -179,13 +179,13 @@ def squash(
     likewise (arXiv 2410.09855 feeds its encoders this way).
 
     Raises:
-        ValueError: a side is below 1, or the picture is not RGB.
+        ValueError: a side is below 1. ImageError, which is one: the picture is not RGB.
     """
     for name, side in (("side_w", side_w), ("side_h", side_h)):
         if side < 1:
             raise ValueError(f"{name} must be at least 1, got {side}")
     if image.mode != "RGB":
-        raise ValueError(f"image must be in mode RGB, got {image.mode}")
+        raise ImageError(f"image must have mode RGB, got {image.mode}")
     return image.resize((side_w, side_h), resample)
 
 

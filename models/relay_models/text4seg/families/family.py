@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from relay_models.errors import CheckpointError, ImageError, LabelError
+from relay_models.errors import CheckpointError, LabelError
 from relay_models.text4seg.profiles import check_grid
 
 if TYPE_CHECKING:
@@ -155,11 +155,9 @@ class Family:
         Raises:
             ImageError: the picture has another mode; PIL would resize a palette by its indices.
         """
-        from PIL.Image import Resampling
+        from relay_models.images import squash  # imports Pillow
 
-        if image.mode != "RGB":
-            raise ImageError(f"image must have mode RGB, got {image.mode}")
-        return image.resize((self.image_side, self.image_side), Resampling.BICUBIC)
+        return squash(image, self.image_side, self.image_side)
 
 
 def config_int(config: Mapping[str, Any], name: str, default: int, *, most: int = MAX_IMAGE_SIDE) -> int:
