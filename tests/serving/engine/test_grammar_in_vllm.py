@@ -130,7 +130,10 @@ def test_random_logits_draw_exact_descriptors(
         assert answer["finish_reason"] == "stop", answer
         assert answer["num_tokens"] <= worst_case_bytes(spec) + 1
     counts = [check_answer(answer["text"], spec) for answer in answers]
-    assert set(counts) == ({0, 1, 2, 3} if spec.allow_refusal else {1})
+    # Few of the tokens that may follow a block end the answer, so random logits nearly always draw as many as they may.
+    assert set(counts) <= set(range(0 if spec.allow_refusal else 1, spec.max_blocks + 1))
+    assert max(counts) == spec.max_blocks
+    assert not spec.allow_refusal or 0 in counts, "no sample refused"
     assert len({answer["text"] for answer in answers}) > SAMPLES / 2, "the samples are not random"
 
 
