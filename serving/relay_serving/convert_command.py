@@ -10,14 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from relay_models.errors import CheckpointError
 from relay_models.text4seg.profiles import Style
-from relay_serving.errors import RelayServingError
+from relay_serving.errors import ConversionError
 
 if TYPE_CHECKING:
     from relay_models.text4seg.convert import Conversion
-
-
-class ConversionError(RelayServingError):
-    pass
 
 
 def run(words: Sequence[str]) -> int:

@@ -7,6 +7,8 @@ RelayServingError                 exit status 1
 │   └── PortUnavailableError         in use, or not ours to bind
 ├── SystemLibraryError            vLLM needs a library that this machine lacks
 ├── EmbeddedModelError            the built-in model could not be fetched, verified or converted
+├── ConversionError               a checkpoint could not be fetched or converted
+├── segmentation.errors.RequestError   one HTTP request; has a status and a field, and ends no process
 └── EngineStartError              vLLM itself gave up; carries its own reason
 
 A message is one line: what is wrong, with the value, and what to do.
@@ -41,6 +43,10 @@ class SystemLibraryError(RelayServingError):
 
 
 class EmbeddedModelError(RelayServingError):
+    pass
+
+
+class ConversionError(RelayServingError):
     pass
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "text4seg"))
 from upstream_llava import UpstreamLlava, copy_tokenizer, make_sentencepiece, write_config, write_tower, write_weights
 
 from relay_serving import known_checkpoints
-from relay_serving.convert_command import ConversionError
+from relay_serving.errors import ConversionError
 
 MODEL = "lmc22/text4seg-llava-7b-p24"
 TOWER = "openai/clip-vit-large-patch14-336"

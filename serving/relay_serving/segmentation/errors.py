@@ -5,8 +5,10 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
+from relay_serving.errors import RelayServingError
 
-class RequestError(Exception):
+
+class RequestError(RelayServingError):
     """A request that cannot be honoured.
 
     Attributes:
