@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from typing import Any
 
 import httpx
@@ -191,6 +192,21 @@ def test_an_answer_cut_short_keeps_its_rows(client: httpx.Client) -> None:
     assert result["status"] == "truncated"
     assert "truncated" in result["repairs"]
     assert result["mask"]["size"] == [HEIGHT, WIDTH]
+
+
+def test_a_budget_that_may_not_suffice_is_said(client: httpx.Client) -> None:
+    """The longest descriptor of one label is a checkerboard, of which a plain grid is a small part."""
+    (result,) = ask(client, expressions=["the dog"], max_tokens=200)["results"]
+    (warning,) = result["warnings"]
+    assert re.match(r"max_tokens leaves (1\d\d|200) tokens", warning)
+    most = int(re.search(r"takes (\d+)", warning).group(1))
+    assert 2 * GRID * GRID < most < 8 * GRID * GRID
+    (result,) = ask(client, expressions=["the dog"], max_tokens=most - 1)["results"]
+    assert result["warnings"]
+    (result,) = ask(client, expressions=["the dog"], max_tokens=most + 600)["results"]
+    assert not result["warnings"], "room for a sentence of the model's own as well"
+    (result,) = ask(client, everything=True, max_tokens=200)["results"][:1]
+    assert not result["warnings"], "any label may stand there, so no longest one is known"
 
 
 def test_without_the_grammar_noise_is_no_mask(client: httpx.Client) -> None:

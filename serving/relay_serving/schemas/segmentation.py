@@ -120,6 +120,7 @@ class SegmentationResult(BaseModel):
     Attributes:
         status: of the descriptor: complete, truncated, repaired, malformed, none (no mask in the answer), or error.
         repairs: what was mended, as names.
+        warnings: what was known before the answer was generated, in words: a budget that may not suffice.
         empty: nothing was found: area 0, no box.
         score: mean probability of the label tokens without the grammar; null unless asked for.
         forced: the model ended its answer without a mask, and was made to go on.
@@ -135,6 +136,7 @@ class SegmentationResult(BaseModel):
     kind: Literal["semantic"] = "semantic"
     status: str
     repairs: list[str] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
     mask: dict[str, Any] | None = None
     box: tuple[int, int, int, int] | None = None
     area: int = 0

@@ -6,10 +6,12 @@ questions about one picture share everything up to the question: encoder run, pr
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import Any
+from uuid import uuid4
 
 from PIL import Image
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -18,7 +20,7 @@ from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import SamplingParams
 
 from relay_serving.segmentation.errors import RequestError, UnknownModelError
-from relay_serving.segmentation.sampling import scoring
+from relay_serving.segmentation.sampling import descriptor_sampling, scoring
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,15 @@ class Generator:
         named = config.get("eos_token_id")
         ends = named if isinstance(named, list) else [named]
         return frozenset(token for token in (*ends, self.tokenizer.eos_token_id) if token is not None)
+
+    async def warm_grammar(self, grammar: str) -> None:
+        """Have the engine compile a grammar before the first request needs it: what is found out about free text serves
+        every later one. Raises RequestError: the engine's structured outputs are off, or of a backend that cannot."""
+        prompt = Prompt({"type": "token", "prompt_token_ids": [self.tokenizer.eos_token_id]}, None)
+        params = descriptor_sampling(max_tokens=1, grammar=grammar)
+        async with contextlib.aclosing(self.speak(prompt, params, f"seg-warm-{uuid4().hex}")) as outputs:
+            async for _ in outputs:
+                pass
 
     async def check_model(self, model: str | None) -> None:
         """Raises UnknownModelError."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from relay_models.errors import GrammarError
 from relay_models.text4seg.codec import BACKGROUND, CLOSE_TAG, OPEN_TAG
-from relay_models.text4seg.grammar import GrammarSpec, body_grammar, seg_grammar
+from relay_models.text4seg.grammar import GrammarSpec, body_grammar, seg_grammar, worst_case_tokens
 from relay_serving.segmentation.errors import RequestError
 
 FORCED_PREAMBLE = ("\n",)  # what stands between an answer's sentence and its descriptor
@@ -46,6 +46,13 @@ class Grammars:
         """Tokens of the shortest answer: a grid of background, and the end of the text."""
         row = f"{BACKGROUND} *{self._columns}\n"
         return self._count_tokens(f"{OPEN_TAG}{' '.join([row] * self._rows)}{CLOSE_TAG}") + 1
+
+    def most_tokens(self, labels: Sequence[str] | None) -> int | None:
+        """Tokens of the longest descriptor of these labels, a checkerboard; None where any label may stand in it."""
+        if labels is None:
+            return None
+        spec = GrammarSpec(self._rows, self._columns, (BACKGROUND, *labels), preamble=FORCED_PREAMBLE)
+        return worst_case_tokens(spec, self._count_tokens)
 
     def _written(self, labels: Sequence[str] | None, **others: Any) -> str:
         known = None if labels is None else (BACKGROUND, *labels)

@@ -142,6 +142,10 @@ class SegmentationService:
         self._most_queries = most_queries
         self._in_flight = 0
 
+    async def warm(self) -> None:
+        """Have the engine compile what the first request would otherwise wait for. Raises RequestError."""
+        await self._generator.warm_grammar(self._grammars.answer(()))
+
     async def events(self, request: SegmentationRequest, uploads: Sequence[bytes] = ()) -> AsyncGenerator[Event, None]:
         """Rows, results, and the whole response last. Raises RequestError, before the first event only.
 
@@ -277,6 +281,7 @@ class _AnsweredQuery:
         self._decoder = StreamDecoder(self._profile.rows, self._profile.columns, query.labels)
         self._spoken = Spoken()
         self._is_forced = False
+        self._warnings: list[str] = []
 
     async def events(self) -> AsyncGenerator[Event, None]:
         began = time.perf_counter()
@@ -347,7 +352,15 @@ class _AnsweredQuery:
                 param=self._query.field,
             )
         asked = self._request.max_tokens
-        return left if asked is None else max(1, min(left, asked - len(self._spoken.token_ids)))
+        budget = left if asked is None else max(1, min(left, asked - len(self._spoken.token_ids)))
+        most = self._service._grammars.most_tokens(self._query.labels)
+        if most is not None and budget < most:
+            limit = "the context" if asked is None or asked > left else "max_tokens"
+            self._warnings = [
+                f"{limit} leaves {budget} tokens for the answer; the longest descriptor of these labels takes {most}, "
+                "so that of a very crowded picture may be cut short (status truncated)"
+            ]
+        return budget
 
     async def _score(self, prompt: Prompt) -> float | None:
         """Mean probability of the tokens that spell the label, as the model gives them without a grammar."""
@@ -370,6 +383,7 @@ class _AnsweredQuery:
         for index, found in enumerate(results.masks_of(descriptor, picture.height, picture.width, query.wanted)):
             result = results.result_of(found, descriptor, write, index=index, **place)
             result.expression, result.score, result.forced = query.expression, score, self._is_forced
+            result.warnings = list(self._warnings)
             made.append(result)
             if request.coco and not result.empty:
                 coco_masks.append(CocoMask(self._image_index, result.label or "", found.mask_HW, score))
@@ -387,6 +401,7 @@ class _AnsweredQuery:
         label = restore(query.wanted[0]) if query.wanted and len(query.wanted) == 1 else None
         result = results.nothing_found(label, answer.text, index=0, **place)
         result.expression, result.forced = query.expression, self._is_forced
+        result.warnings = list(self._warnings)
         return result
 
 

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from relay_serving import plugin_names
 from relay_serving.routes import segmentations
+from relay_serving.segmentation.errors import RequestError
 from relay_serving.segmentation.server import install
 from relay_serving.settings import RelaySettings
 from relay_serving.vllm_plugin import metrics
@@ -41,6 +42,10 @@ class RelayEndpointPlugin:
         settings = RelaySettings.from_additional_config(engine_client.vllm_config.additional_config)
         profile = install(engine_client, state, settings)
         if profile is not None:
+            try:
+                await state.segmentation.warm()
+            except RequestError as error:
+                logger.warning("No grammar was compiled in advance: %s", error)
             logger.info(
                 "Segmentation: %s, descriptors of %d by %d cells, pictures squashed to %d pixels a side.",
                 profile.family.name,
