@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from relay_benchmarks import drafting
+from relay_benchmarks import drafting, segmentation
 from relay_benchmarks.decode import DecodeOptions, Report, RunFacts, Workload, run_decode
 from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.machine import Machine
@@ -95,10 +95,21 @@ def _add_experiments(parser: argparse.ArgumentParser) -> None:
     )
     drafting.add_arguments(rows)
     rows.set_defaults(run_experiment=_drafting)
+    servers = experiments.add_parser(
+        "segmentation",
+        help="two running servers of one segmentation model, asked the same by turns",
+        description="Wall time, engine steps and answers of two running servers, and where their answers part.",
+    )
+    segmentation.add_arguments(servers)
+    servers.set_defaults(run_experiment=_segmentation)
 
 
 def _drafting(args: argparse.Namespace) -> None:
     print(drafting.report(drafting.run(args)), flush=True)
+
+
+def _segmentation(args: argparse.Namespace) -> None:
+    print(segmentation.report(segmentation.run(args)), flush=True)
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -199,7 +210,7 @@ def _check_model(model: str, options: DecodeOptions) -> None:
 def _shown_name(model: str | None) -> str:
     """The name in tables and rows: of a folder only its last part."""
     if model is None:
-        return embedded_model.SERVED_NAME
+        return embedded_model.SMOLLM2
     return Path(model).resolve().name if os.path.exists(model) else model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
+from relay_benchmarks.cli import main as bench
 from tiny_server import TINY_FLAGS, picture_url
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
+VAL = Path(__file__).parents[3] / "shared/data/seg-tiny/val.jsonl"
 EXPRESSIONS = [f"the thing {i}" for i in range(6)]
 
 
@@ -62,3 +65,22 @@ def test_what_speculation_refuses_is_a_400_that_names_it(drafting_server: Any, n
     error = answer.json()["error"]
     assert error["param"] == name
     assert "--relay-draft-rows" in error["message"]
+
+
+def test_two_servers_are_compared(
+    drafting_server: Any,
+    segmenting_server: Any,
+    shared_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "rows.csv"
+    if not VAL.exists():
+        pytest.skip("needs the photos of ../shared/data/seg-tiny")
+    arguments = [segmenting_server.url, drafting_server.url, str(VAL), "--queries", "3", "--output", str(output)]
+    assert bench(["segmentation", *arguments]) == 0
+    (row,) = csv.DictReader(output.open(newline=""))
+    assert int(row["queries"]) == 3
+    assert int(row["steps"]) > 0
+    assert float(row["largest_gap"]) <= float(row["noise"]) + 1e-3, "in float32 answers part at ties only"
+    assert "whole request" in capsys.readouterr().out
