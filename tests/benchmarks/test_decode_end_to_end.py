@@ -54,6 +54,7 @@ def bench(model: Path, output: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_relay_relays_and_stock_is_stock(tiny_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "results.csv"
     out, err = bench(tiny_model, output).communicate(timeout=TIME_LIMIT)

@@ -70,7 +70,6 @@ def test_what_speculation_refuses_is_a_400_that_names_it(drafting_server: Any, n
 def test_two_servers_are_compared(
     drafting_server: Any,
     segmenting_server: Any,
-    shared_folder: Path,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:

@@ -194,30 +194,15 @@ def llama(**overrides: Any) -> Callable[[Path], Path]:
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 CASES = {
     "mha, head size 80, vec16": Case(llama(head_dim=80, num_key_value_heads=4)),
-    "mqa, compiled by dynamo": Case(
-        llama(num_key_value_heads=1), {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
-    ),
     "torch kernel": Case(engine={"additional_config": {"relay": {"cpu_kernel": "torch"}}}, log="kernel: torch"),
     "preemption": Case(engine={"num_gpu_blocks_override": 40}),
     "windowed and global layers in one group": Case(
         tiny_gemma3, {"disable_hybrid_kv_cache_manager": True}, reasons=frozenset({"sliding_window"}),
         log="reason: sliding_window",
     ),
-    # The windowed group offers nothing to share: vLLM frees its first blocks, or never takes them from the cache.
-    "windowed and global layers in two groups": Case(tiny_gemma3),
     "bfloat16": Case(engine={"dtype": "bfloat16"}, near_tie=NEAR_TIE_BF16),
-    "float16": Case(engine={"dtype": "float16"}, near_tie=NEAR_TIE_FP16),
     "lora": Case(engine={"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}, scenario=with_adapters, groups=2.0),
     "two cache salts": Case(scenario=with_salts("a", "b"), groups=1.5),
-    "a cache salt for each": Case(scenario=with_salts(*"abcdef"), relays=False, shares=False),
-    "kv connector": Case(
-        engine={"kv_transfer_config": {
-            "kv_connector": "ExampleConnector", "kv_role": "kv_both",
-            "kv_connector_extra_config": {"shared_storage_path": "{folder}"},
-        }}, relays=False, reasons=frozenset({"kv_connector"}), log="reason: kv_connector",
-    ),
-    "soft cap": Case(tiny_gemma2, relays=False, reasons=frozenset({"soft_cap"}), log="reason: soft_cap"),
-    "alibi": Case(tiny_bloom, relays=False, reasons=frozenset({"alibi"}), log="reason: alibi"),
     "fp8 cache": Case(
         engine={"kv_cache_dtype": "fp8"}, relays=False, reasons=frozenset({"kv_cache_dtype"}),
         log="reason: kv_cache_dtype",
@@ -228,8 +213,23 @@ CASES = {
     # Last: it loads numba, and with numba loaded vLLM cannot start another engine in the same process.
     "n-gram speculation": Case(engine={"speculative_config": NGRAM}),
 }  # fmt: skip
-# Models whose other layers vLLM computes in ways that differ with the CPU, and that take longer to start.
+# Rarer features, and models whose other layers vLLM computes in ways that differ with the CPU or that start slowly.
 RARER_CASES = {
+    "mqa, compiled by dynamo": Case(
+        llama(num_key_value_heads=1), {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
+    ),
+    # The windowed group offers nothing to share: vLLM frees its first blocks, or never takes them from the cache.
+    "windowed and global layers in two groups": Case(tiny_gemma3),
+    "float16": Case(engine={"dtype": "float16"}, near_tie=NEAR_TIE_FP16),
+    "a cache salt for each": Case(scenario=with_salts(*"abcdef"), relays=False, shares=False),
+    "kv connector": Case(
+        engine={"kv_transfer_config": {
+            "kv_connector": "ExampleConnector", "kv_role": "kv_both",
+            "kv_connector_extra_config": {"shared_storage_path": "{folder}"},
+        }}, relays=False, reasons=frozenset({"kv_connector"}), log="reason: kv_connector",
+    ),
+    "soft cap": Case(tiny_gemma2, relays=False, reasons=frozenset({"soft_cap"}), log="reason: soft_cap"),
+    "alibi": Case(tiny_bloom, relays=False, reasons=frozenset({"alibi"}), log="reason: alibi"),
     "layers within chunks": Case(tiny_llama4, reasons=frozenset({"chunked_local"}), log="reason: chunked_local"),
     "hybrid with recurrent layers": Case(
         tiny_qwen3_next, {"dtype": "bfloat16", "block_size": None, "enable_prefix_caching": True},
@@ -292,7 +292,7 @@ def test_tokens_equal_those_of_stock(sides: dict[str, tuple[Reports, str]], name
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RARER_CASES)
-def test_tokens_of_rarer_models_equal_those_of_stock(rarer_sides: dict[str, tuple[Reports, str]], name: str) -> None:
+def test_tokens_of_rarer_cases_equal_those_of_stock(rarer_sides: dict[str, tuple[Reports, str]], name: str) -> None:
     check(rarer_sides, name, RARER_CASES[name])
 
 
@@ -348,6 +348,7 @@ def test_tensor_parallel_ranks_agree_and_do_not_multiply_the_counters(tmp_path: 
     assert counted["steps"] <= relay["results"]["tree"]["steps"] + 4
 
 
+@pytest.mark.slow
 def test_a_layer_that_ignores_its_window_is_noticed(sides: dict[str, tuple[Reports, str]], tmp_path: Path) -> None:
     """The mutant of one metadata for different layers: a windowed layer runs the plan of its group."""
     name = "windowed and global layers in one group"
