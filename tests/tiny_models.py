@@ -70,6 +70,64 @@ def make_tiny_llava(
     return folder
 
 
+def make_tiny_qwen2_vl(folder: Path, *, seed: int = 0, tokenizer_folder: Path | None = None) -> Path:
+    """Write a Qwen2-VL of random weights: two layers on either side, SmolLM2's words, Qwen's own processor.
+
+    Arguments and result as of `make_tiny_llava`.
+    """
+    from transformers import (
+        AutoTokenizer,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+    )
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    from relay_models.text4seg.families import qwen2_vl
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder or _embedded_model())
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([token for token in qwen2_vl.RESERVED if token not in known], special_tokens=True)
+    tokenizer.model_max_length = CONTEXT_TOKENS
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Qwen2VLConfig(
+        text_config={
+            **small,
+            "intermediate_size": 128,
+            "vocab_size": -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+            "max_position_embeddings": CONTEXT_TOKENS,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "tie_word_embeddings": False,
+        },
+        vision_config={"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    family = qwen2_vl.from_config({"architectures": ["Qwen2VLForConditionalGeneration"]})
+    assert family is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config).to(torch.float32)
+        _spread_logits(model)
+    if folder.exists():
+        shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=family.conversation.chat_template(),
+    ).save_pretrained(folder)
+    return folder
+
+
 def _embedded_model() -> Path:
     from relay_serving.embedded_model import prepare
 
