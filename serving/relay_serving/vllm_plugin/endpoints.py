@@ -1,6 +1,7 @@
 """Entry point of the group ``vllm.endpoint_plugins``: what relay adds to vLLM's own HTTP server.
 
-Counters on /metrics always; /v1/segmentations, and masks in chats about pictures, where the served model segments.
+The playground at / and counters on /metrics always; /v1/segmentations, and masks in chats about pictures, where the
+served model segments.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 
 from relay_serving import plugin_names
-from relay_serving.routes import segmentations
+from relay_serving.routes import playground, segmentations
 from relay_serving.segmentation.errors import RequestError
 from relay_serving.segmentation.server import install
 from relay_serving.settings import RelaySettings
@@ -33,6 +34,7 @@ class RelayEndpointPlugin:
     def attach_router(self, app: FastAPI) -> None:
         metrics.attach(app)
         segmentations.attach(app)
+        playground.attach(app)
 
     async def init_state(self, engine_client: EngineClient | None, state: Any, args: Namespace) -> None:
         """Publish the counters of this server's engines; let it segment, if its model does."""
@@ -41,6 +43,7 @@ class RelayEndpointPlugin:
         metrics.publish(engine_client.vllm_config, state)
         settings = RelaySettings.from_additional_config(engine_client.vllm_config.additional_config)
         profile = install(engine_client, state, settings)
+        playground.publish(state, profile)
         if profile is not None:
             try:
                 await state.segmentation.warm()
