@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from relay_benchmarks import drafting, segmentation
+from relay_benchmarks import drafting, refining, segmentation
 from relay_benchmarks.decode import DecodeOptions, Report, RunFacts, Workload, run_decode
 from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.machine import Machine
@@ -102,6 +102,13 @@ def _add_experiments(parser: argparse.ArgumentParser) -> None:
     )
     segmentation.add_arguments(servers)
     servers.set_defaults(run_experiment=_segmentation)
+    masks = experiments.add_parser(
+        "refining",
+        help="what a refiner gains on coarse masks, for each way to prompt it",
+        description="gIoU and cIoU of coarse and of refined masks against ground truth, with intervals, by area.",
+    )
+    refining.add_arguments(masks)
+    masks.set_defaults(run_experiment=_refining)
 
 
 def _drafting(args: argparse.Namespace) -> None:
@@ -110,6 +117,10 @@ def _drafting(args: argparse.Namespace) -> None:
 
 def _segmentation(args: argparse.Namespace) -> None:
     print(segmentation.report(segmentation.run(args)), flush=True)
+
+
+def _refining(args: argparse.Namespace) -> None:
+    print(refining.report(refining.run(args)), flush=True)
 
 
 def _integers(text: str) -> tuple[int, ...]:

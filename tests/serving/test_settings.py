@@ -66,9 +66,11 @@ def test_the_environment_sets_every_field():
         "VLLM_RELAY_SEGMENTATION": "24",
         "VLLM_RELAY_SEGMENTATION_QUERIES": "7",
         "VLLM_RELAY_DRAFT_ROWS": "32",
+        "VLLM_RELAY_REFINER": "mobile-sam",
+        "VLLM_RELAY_REFINER_TIMEOUT": "5",
     }
     settings = RelaySettings.from_environment(environment)
-    assert settings == RelaySettings(False, CpuKernel.TORCH, 256, True, "24", 7, 32)
+    assert settings == RelaySettings(False, CpuKernel.TORCH, 256, True, "24", 7, 32, "mobile-sam", 5)
     assert len(environment) == len(dataclasses.fields(RelaySettings))
 
 
@@ -88,6 +90,12 @@ def test_an_empty_variable_counts_as_unset():
             {"VLLM_RELAY_SEGMENTATION": "half"},
             "VLLM_RELAY_SEGMENTATION is 'half'; it must be auto, off, or a number of cells a side from 1 to 64",
         ),
+        (
+            {"VLLM_RELAY_REFINER": "sam"},
+            "VLLM_RELAY_REFINER is 'sam'; it must be none, mobile-sam, a hub id (owner/name), "
+            "or the path of a folder (./name)",
+        ),
+        ({"VLLM_RELAY_REFINER_TIMEOUT": "0"}, "VLLM_RELAY_REFINER_TIMEOUT is '0'; it must be 1 or more"),
         ({"VLLM_RELAY_SEGMENTATION_QUERIES": "0"}, "VLLM_RELAY_SEGMENTATION_QUERIES is '0'; it must be 1 or more"),
         (
             {"VLLM_RELAY_CPU_KERNEL": "gpu"},

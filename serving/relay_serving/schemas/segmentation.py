@@ -50,7 +50,8 @@ Expression = Annotated[str, Field(min_length=1, max_length=LONGEST_EXPRESSION)]
 class SegmentationRequest(_Strict):
     """The body of `POST /v1/segmentations`; a multipart upload carries the same fields, and its files in `image`.
 
-    Exactly one of `expressions`, `classes` and `everything` says what to look for.
+    Exactly one of `expressions`, `classes` and `everything` says what to look for. `refiner` is `none` or the name of
+    the one that the server was started with, which is also used where nothing is said.
     """
 
     model: str | None = None
@@ -66,7 +67,7 @@ class SegmentationRequest(_Strict):
     on_refusal: OnRefusal = OnRefusal.FORCE
     score: bool = False
     stream: bool = False
-    refiner: Literal["none"] | None = None
+    refiner: str | None = Field(default=None, max_length=LONGEST_EXPRESSION)
     temperature: float = Field(default=0.0, ge=0.0, le=2.0)
     seed: int | None = None
     max_tokens: int | None = Field(default=None, ge=1)
@@ -124,6 +125,9 @@ class SegmentationResult(BaseModel):
         empty: nothing was found: area 0, no box.
         score: mean probability of the label tokens without the grammar; null unless asked for.
         forced: the model ended its answer without a mask, and was made to go on.
+        refiner: what made the mask from the coarse one, by name; or why the mask is the coarse one: `failed`
+            (error, timeout, out of memory), `skipped` (it is empty), `kept` (the refined one had too little to do with
+            it). Null where no refiner was used.
         text: the raw descriptor; `answer` is what the model said before it.
         components_dropped: how many smaller parts are not in `components`.
     """
@@ -175,10 +179,11 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """Milliseconds: reading and squashing the pictures, generating, making masks, and the whole request."""
+    """Milliseconds: reading and squashing the pictures, generating, refining, making masks, and the whole request."""
 
     image_ms: float = 0.0
     generate_ms: float = 0.0
+    refine_ms: float = 0.0
     mask_ms: float = 0.0
     total_ms: float = 0.0
 

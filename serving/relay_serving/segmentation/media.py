@@ -36,12 +36,14 @@ class Picture:
         square: what the model sees of it.
         id: the same for the same bytes shown in the same way: vLLM's caches may then reuse the encoder's work.
         width, height: of the upright original, in pixels.
+        view: what a refiner sees of it; None where there is none.
     """
 
     square: Image.Image
     id: str
     width: int
     height: int
+    view: Image.Image | None = None
 
 
 class PictureReader:
@@ -52,6 +54,7 @@ class PictureReader:
         limits: what a picture may be.
         fetch_timeout: seconds.
         squash: an upright picture as the model is to see it.
+        refiner_view: an upright picture as the refiner is to see it, if there is one.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class PictureReader:
         limits: ImageLimits,
         fetch_timeout: int,
         squash: Callable[[Image.Image], Image.Image],
+        refiner_view: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
         self._connector = connector
         self._squash = squash
+        self._refiner_view = refiner_view
         self._media_io = BytesIO(limits.max_bytes)
         self._limits = limits
         self._fetch_timeout = fetch_timeout
@@ -86,7 +91,8 @@ class PictureReader:
     def _open(self, data: bytes, field: str) -> Picture:
         opened = open_image(data, limits=self._limits, name=field)
         square = self._squash(opened.rgb)
-        return Picture(square, f"{opened.sha256}-{square.width}x{square.height}", opened.width, opened.height)
+        view = None if self._refiner_view is None else self._refiner_view(opened.rgb)
+        return Picture(square, f"{opened.sha256}-{square.width}x{square.height}", opened.width, opened.height, view)
 
     async def _fetch(self, url: str, field: str) -> bytes:
         if url[:5].lower() == "data:":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relay_models import masks
+from relay_models.refine.interface import Outcome, RefinedMask
 from relay_models.text4seg import labels
 from relay_models.text4seg.codec import BACKGROUND, Descriptor, DescriptorStatus, RowEvent
 from relay_models.text4seg.geometry import upsample
@@ -35,6 +36,7 @@ class FoundMask:
     label: str
     value: int  # index of the label in the descriptor
     mask_HW: Mask  # noqa: N815
+    refiner: str | None = None  # see SegmentationResult
 
 
 def masks_of(descriptor: Descriptor, height: int, width: int, wanted: Sequence[str] | None) -> list[FoundMask]:
@@ -45,6 +47,12 @@ def masks_of(descriptor: Descriptor, height: int, width: int, wanted: Sequence[s
         mask_HW = upsample(descriptor.mask(name), height, width)
         found.append(FoundMask(name, descriptor.index_of(name) or 0, mask_HW))
     return found
+
+
+def refined(coarse: FoundMask, new: RefinedMask, refiner: str) -> FoundMask:
+    """What a refiner made of a mask."""
+    origin = refiner if new.outcome is Outcome.REFINED else new.outcome.value
+    return replace(coarse, mask_HW=new.mask_HW.view(np.uint8), refiner=origin)
 
 
 def result_of(
@@ -63,6 +71,7 @@ def result_of(
         box=box,
         area=masks.area(found.mask_HW),
         empty=box is None,
+        refiner=found.refiner,
         grid=(descriptor.grid_HW.shape[0], descriptor.grid_HW.shape[1]),
         text=descriptor.text,
         answer=descriptor.preamble,
@@ -101,8 +110,21 @@ def write_mask(found: FoundMask, mask_format: MaskFormat) -> dict[str, Any]:
     return {**head, "value": found.value}
 
 
-def label_map_of(descriptor: Descriptor, height: int, width: int, *, image_index: int, query_index: int) -> LabelMap:
+def label_map_of(
+    descriptor: Descriptor,
+    height: int,
+    width: int,
+    *,
+    refined: Sequence[FoundMask] = (),
+    image_index: int,
+    query_index: int,
+) -> LabelMap:
+    """``refined`` are all of the descriptor's masks, no two of which overlap; without them, the grid is drawn."""
     label_map = upsample(descriptor.grid_HW, height, width)
+    if refined:
+        label_map[:] = 0
+        for found in refined:
+            label_map[found.mask_HW != 0] = found.value
     return LabelMap(
         image_index=image_index,
         query_index=query_index,

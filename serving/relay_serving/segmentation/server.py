@@ -13,15 +13,17 @@ from relay_serving.segmentation.generation import Generator
 from relay_serving.segmentation.grammars import Grammars
 from relay_serving.segmentation.media import PictureReader
 from relay_serving.segmentation.profile import SegmentationProfile, resolve
+from relay_serving.segmentation.refining import Refining
+from relay_serving.segmentation.refining import resolve as resolve_refiner
 from relay_serving.segmentation.service import SegmentationService
-from relay_serving.settings import RelaySettings
+from relay_serving.settings import RelaySettings, cache_folder
 
 LARGEST_PICTURE = 64 << 20  # bytes of a file; vLLM reads up to 256 MiB of any medium
 MOST_PIXELS = 50_000_000
 
 
 def install(engine_client: Any, state: Any, settings: RelaySettings) -> SegmentationProfile | None:
-    """Raises CheckpointError where a grid was asked for and the model cannot have one."""
+    """Raises CheckpointError where a grid was asked for and the model cannot have one, or a refiner cannot be had."""
     model_config = engine_client.vllm_config.model_config
     chat = state.openai_serving_chat
     if chat is None or model_config.multimodal_config is None:
@@ -31,7 +33,9 @@ def install(engine_client: Any, state: Any, settings: RelaySettings) -> Segmenta
         return None
     if state.args.chat_template is None:
         _speak_as_trained(chat, state.online_renderer, profile)
-    reader = _reader(model_config, profile)
+    refiner = resolve_refiner(settings.refiner, cache_folder() / "models")
+    refining = None if refiner is None else Refining(refiner, timeout=settings.refiner_timeout)
+    reader = _reader(model_config, profile, refining)
     generator = Generator(chat, engine_client)
     tokenizer = generator.tokenizer
     grammars = Grammars(
@@ -44,7 +48,10 @@ def install(engine_client: Any, state: Any, settings: RelaySettings) -> Segmenta
         grammars,
         model_name=state.openai_serving_models.model_name(),
         most_queries=settings.segmentation_queries,
+        refining=refining,
     )
+    if refining is not None:
+        refining.start()
     state.openai_serving_chat = SegmentingChat(
         chat,
         reader,
@@ -61,7 +68,7 @@ def _speak_as_trained(chat: Any, online_renderer: Any, profile: SegmentationProf
     chat.chat_template = online_renderer.chat_template = template
 
 
-def _reader(model_config: Any, profile: SegmentationProfile) -> PictureReader:
+def _reader(model_config: Any, profile: SegmentationProfile, refining: Refining | None) -> PictureReader:
     """Pictures under vLLM's media rules, and under the smaller of vLLM's limits and ours."""
     connector = MEDIA_CONNECTOR_REGISTRY.load(
         envs.VLLM_MEDIA_CONNECTOR,
@@ -70,4 +77,5 @@ def _reader(model_config: Any, profile: SegmentationProfile) -> PictureReader:
     )
     pixels = envs.VLLM_MAX_IMAGE_PIXELS
     limits = ImageLimits(max_bytes=LARGEST_PICTURE, max_pixels=min(pixels, MOST_PIXELS) if pixels > 0 else MOST_PIXELS)
-    return PictureReader(connector, limits, envs.VLLM_IMAGE_FETCH_TIMEOUT, profile.family.squash)
+    refiner_view = None if refining is None else refining.view
+    return PictureReader(connector, limits, envs.VLLM_IMAGE_FETCH_TIMEOUT, profile.family.squash, refiner_view)

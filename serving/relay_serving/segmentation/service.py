@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -39,7 +39,9 @@ from relay_serving.segmentation.generation import Generator, Prompt, Spoken
 from relay_serving.segmentation.grammars import Grammars
 from relay_serving.segmentation.media import Picture, PictureReader
 from relay_serving.segmentation.profile import SegmentationProfile
+from relay_serving.segmentation.refining import FAILED, Refining
 from relay_serving.segmentation.sampling import descriptor_sampling
+from relay_serving.settings import REFINER_NONE
 
 RETRY_AFTER_SECONDS = 2
 
@@ -100,6 +102,7 @@ class _Account:
     image_seconds: float = 0.0
     generate_seconds: float = 0.0
     mask_seconds: float = 0.0
+    refine_seconds: float = 0.0
 
     def add(self, spoken: Spoken) -> None:
         self.usage.prompt_tokens += spoken.prompt_tokens
@@ -112,6 +115,7 @@ class _Account:
         return Timings(
             image_ms=round(1e3 * self.image_seconds, 2),
             generate_ms=round(1e3 * self.generate_seconds, 2),
+            refine_ms=round(1e3 * self.refine_seconds, 2),
             mask_ms=round(1e3 * self.mask_seconds, 2),
             total_ms=round(1e3 * (time.perf_counter() - self.began), 2),
         )
@@ -122,6 +126,7 @@ class SegmentationService:
 
     Args:
         most_queries: queries answered at one time; a request beyond them is refused with a time to try again.
+        refining: what sharpens masks, where a request does not say `none`.
     """
 
     def __init__(
@@ -133,6 +138,7 @@ class SegmentationService:
         *,
         model_name: str,
         most_queries: int,
+        refining: Refining | None = None,
     ) -> None:
         self._reader = reader
         self._generator = generator
@@ -140,6 +146,7 @@ class SegmentationService:
         self._grammars = grammars
         self._model_name = model_name
         self._most_queries = most_queries
+        self._refining = refining
         self._in_flight = 0
 
     async def warm(self) -> None:
@@ -152,6 +159,7 @@ class SegmentationService:
         Closing the iterator ends every query of the request.
         """
         account = _Account()
+        self._refiner_of(request)
         await self._generator.check_model(request.model)
         queries = _queries_of(request, self._profile.family.check_text)
         num_images = len(uploads) + len(request.image_urls())
@@ -163,6 +171,19 @@ class SegmentationService:
             async with contextlib.aclosing(self._answer_all(request, queries, pictures, account)) as events:
                 async for event in events:
                     yield event
+
+    def _refiner_of(self, request: SegmentationRequest) -> Refining | None:
+        """Raises RequestError for one that this server does not have."""
+        ours = REFINER_NONE if self._refining is None else self._refining.name
+        if request.refiner == REFINER_NONE:
+            return None
+        if request.refiner not in (None, ours):
+            known = REFINER_NONE if ours == REFINER_NONE else f"{REFINER_NONE} or {ours}"
+            raise RequestError(
+                f"refiner must be {known}, got {request.refiner!r}: --relay-refiner names the one that a server has",
+                param="refiner",
+            )
+        return self._refining
 
     @contextlib.contextmanager
     def _admitted(self, count: int) -> Any:
@@ -295,7 +316,10 @@ class _AnsweredQuery:
         score = await self._score(prompt) if self._request.score else None
         now = time.perf_counter()
         self._account.generate_seconds = max(self._account.generate_seconds, now - began)
-        done = await asyncio.get_running_loop().run_in_executor(None, self._make_results, score)
+        refined = await self._refine()
+        self._account.refine_seconds = max(self._account.refine_seconds, time.perf_counter() - now)
+        now = time.perf_counter()
+        done = await asyncio.get_running_loop().run_in_executor(None, self._make_results, score, refined)
         self._account.mask_seconds += time.perf_counter() - now
         yield done
 
@@ -371,7 +395,28 @@ class _AnsweredQuery:
         pieces = await self._generator.token_probabilities(prompt, said.token_ids, f"{self._request_id}-score")
         return results.label_probability(pieces, answer.descriptors[0], said.text)
 
-    def _make_results(self, score: float | None) -> QueryDone:
+    async def _refine(self) -> list[results.FoundMask] | None:
+        """The answer's masks, refined or marked as not; None where no refiner is to be used, or there are no masks."""
+        refining, view = self._service._refiner_of(self._request), self._picture.view
+        if refining is None or view is None:
+            return None
+        coarse = await asyncio.to_thread(self._coarse_masks)
+        if not coarse:
+            return None
+        found = await refining.refine(
+            view, self._picture.id, self._picture.height, self._picture.width, [mask.mask_HW for mask in coarse]
+        )
+        if found is None:
+            return [replace(mask, refiner=FAILED) for mask in coarse]
+        return [results.refined(mask, new, refining.name) for mask, new in zip(coarse, found, strict=True)]
+
+    def _coarse_masks(self) -> list[results.FoundMask]:
+        answer = self._decoder.finish()
+        if not answer.descriptors:
+            return []
+        return results.masks_of(answer.descriptors[0], self._picture.height, self._picture.width, self._query.wanted)
+
+    def _make_results(self, score: float | None, refined: list[results.FoundMask] | None) -> QueryDone:
         answer = self._decoder.finish()
         request, query, picture = self._request, self._query, self._picture
         place = {"image_index": self._image_index, "query_index": query.index}
@@ -380,7 +425,7 @@ class _AnsweredQuery:
         descriptor = answer.descriptors[0]
         write = results.MaskOptions(request.mask_format, request.components)
         made, coco_masks = [], []
-        for index, found in enumerate(results.masks_of(descriptor, picture.height, picture.width, query.wanted)):
+        for index, found in enumerate(self._coarse_masks() if refined is None else refined):
             result = results.result_of(found, descriptor, write, index=index, **place)
             result.expression, result.score, result.forced = query.expression, score, self._is_forced
             result.warnings = list(self._warnings)
@@ -393,7 +438,7 @@ class _AnsweredQuery:
             made.append(nothing)
         label_map = None
         if request.mask_format is MaskFormat.LABEL_MAP:
-            label_map = results.label_map_of(descriptor, picture.height, picture.width, **place)
+            label_map = results.label_map_of(descriptor, picture.height, picture.width, refined=refined or (), **place)
         return QueryDone(tuple(made), label_map, tuple(coco_masks))
 
     def _nothing(self, answer: Answer, place: dict[str, int]) -> SegmentationResult:

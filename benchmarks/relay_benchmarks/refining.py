@@ -1,0 +1,415 @@
+"""What a refiner does to coarse masks: gIoU and cIoU before and after, for each way to prompt it, by area.
+
+    vllm-relay bench refining val.jsonl
+    vllm-relay bench refining val.jsonl --predictions masks.jsonl
+
+Truth is a JSON-lines file of photos such as seg-tiny's val.jsonl; only ground truth is scored, and no class of which
+masks may be missing (`unsure`). A question is a set of instances: all of a class in a photo, or those an expression
+means; a set asked for twice counts once. Coarse masks are
+    grids         the truth reduced to the grid and back, which is what a perfect model would write
+    predictions   what a model wrote, where its IoU with the truth is at least 0.3 (a refiner cannot find lost things)
+
+`--predictions` names a JSON-lines file with a line for each answered question:
+    {"file": "images/x.jpg", "ids": [0, 3], "mask": {"size": [H, W], "counts": "..."}}      the instances meant, or
+    {"file": "images/x.jpg", "label": "dog", "mask": {"size": [H, W], "counts": "..."}}     all instances of a class
+`file` is the photo's in the truth; `mask` is a COCO RLE of the photo's size. Other fields are ignored.
+
+gIoU is the mean IoU over questions, cIoU the sum of intersections over the sum of unions. The gain's interval is a
+paired bootstrap over photos: 95 %, percentiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from relay_benchmarks.errors import BenchArgumentError
+from relay_benchmarks.machine import Machine, commit, installed
+from relay_benchmarks.results_file import ResultsFile
+from relay_benchmarks.summary import table
+from relay_models.masks import from_coco_rle
+from relay_models.refine.frame import Frame
+from relay_models.refine.interface import DEFAULT_STYLE, LEAST_AGREEMENT, finish, iou, prompt_all
+from relay_models.refine.prompts import Style
+from relay_models.text4seg.geometry import reduce_to_grid, upsample
+
+if TYPE_CHECKING:
+    from relay_models.refine.sam import Sam
+
+BoolMask = npt.NDArray[np.bool_]
+
+LEAST_MODEL_IOU = 0.3
+RESAMPLES = 2000
+BUCKETS = (("all", 0.0, 1.0), ("< 1 %", 0.0, 0.01), ("1-5 %", 0.01, 0.05), ("5-20 %", 0.05, 0.2), (">= 20 %", 0.2, 1.0))
+
+REFINING_COLUMNS = (
+    *("time", "machine", "cpu", "cores", "threads", "commit", "relay_version", "torch_version", "transformers_version"),
+    *(
+        "data",
+        "photos",
+        "refiner",
+        "coarse",
+        "grid",
+        "prompts",
+        "passes",
+        "least_agreement",
+        "seed",
+        "area",
+        "questions",
+    ),
+    *("coarse_giou", "refined_giou", "giou_gain_low", "giou_gain_high"),
+    *("coarse_ciou", "refined_ciou", "ciou_gain_low", "ciou_gain_high"),
+    *("kept_coarse", "embed_seconds", "predict_seconds"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A mask to refine, and the truth about it."""
+
+    photo: int
+    truth_HW: BoolMask  # noqa: N815
+    coarse_HW: BoolMask  # noqa: N815
+
+
+@dataclass(frozen=True)
+class Photo:
+    path: Path
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One question under one way to prompt, in pixels."""
+
+    photo: int
+    area: float
+    coarse: tuple[int, int]  # intersection, union
+    refined: tuple[int, int]
+    is_refined: bool
+
+
+# ---------------------------------------------------------------- the questions
+
+
+def read_photos(path: Path) -> list[dict[str, Any]]:
+    """Raises BenchArgumentError."""
+    try:
+        photos = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for photo in photos:
+            photo["masks"] = {item["id"]: from_coco_rle(item["mask"]) for item in photo["instances"]}
+    except OSError as error:
+        raise BenchArgumentError(
+            f"cannot read {path}: {error.strerror}; name a file like seg-tiny's val.jsonl"
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise BenchArgumentError(f"{path} is no file of photos with masks: {error!r}") from error
+    return photos
+
+
+def instance_sets(photo: dict[str, Any]) -> list[tuple[int, ...]]:
+    """What is asked of a photo: whole classes, then what its expressions mean, each set once."""
+    scored = [item for item in photo["instances"] if item.get("provenance", "gt") == "gt"]
+    known = {item["id"] for item in scored}
+    classes: dict[str, list[int]] = {}
+    for item in scored:
+        if item["label"] not in photo.get("unsure", ()):
+            classes.setdefault(item["label"], []).append(item["id"])
+    sets = [tuple(sorted(ids)) for ids in classes.values()]
+    sets += [tuple(sorted(item["ids"])) for item in photo["expressions"] if known.issuperset(item["ids"])]
+    return list(dict.fromkeys(sets))
+
+
+def grid_photos(photos: Sequence[dict[str, Any]], folder: Path, grid: int) -> Iterator[Photo]:
+    """Coarse masks made from the truth."""
+    for index, photo in enumerate(photos):
+        questions = []
+        for ids in instance_sets(photo):
+            truth_HW = np.logical_or.reduce([photo["masks"][i] for i in ids])
+            cells = reduce_to_grid(truth_HW, grid, grid)
+            questions.append(Question(index, truth_HW, upsample(cells, *truth_HW.shape)))
+        yield Photo(folder / photo["file"], tuple(questions))
+
+
+def predicted_photos(photos: Sequence[dict[str, Any]], folder: Path, predictions: Path) -> Iterator[Photo]:
+    """Coarse masks that a model wrote, where they are near the truth. Raises BenchArgumentError."""
+    place = {photo["file"]: index for index, photo in enumerate(photos)}
+    questions: dict[int, list[Question]] = {}
+    try:
+        for line in predictions.read_text(encoding="utf-8").splitlines():
+            answer = json.loads(line)
+            index = place[answer["file"]]
+            photo = photos[index]
+            if answer.get("label") in photo.get("unsure", ()):
+                continue
+            ids = answer.get("ids") or [i["id"] for i in photo["instances"] if i["label"] == answer["label"]]
+            truth_HW = np.logical_or.reduce([photo["masks"][i] for i in ids])
+            coarse_HW = from_coco_rle(answer["mask"])
+            if coarse_HW.shape != truth_HW.shape:
+                raise ValueError(f"{answer['file']}: a mask of {coarse_HW.shape}, the photo has {truth_HW.shape}")
+            if iou(truth_HW, coarse_HW) >= LEAST_MODEL_IOU:
+                questions.setdefault(index, []).append(Question(index, truth_HW, coarse_HW))
+    except OSError as error:
+        raise BenchArgumentError(f"cannot read {predictions}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise BenchArgumentError(f"{predictions} is no file of predicted masks of these photos: {error!r}") from error
+    for index, of_photo in sorted(questions.items()):
+        yield Photo(folder / photos[index]["file"], tuple(of_photo))
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All questions, for each way to prompt and least agreement, and the seconds they took."""
+
+    scores: dict[tuple[Style, float], list[Score]]
+    num_photos: int
+    embed_seconds: float  # a picture
+    predict_seconds: dict[Style, float]  # a mask
+
+
+def measure(
+    sam: Sam,
+    photos: Sequence[Photo],
+    styles: Sequence[Style],
+    agreements: Sequence[float],
+    seed: int,
+    report: Callable[[str], None],
+) -> Measured:
+    scores: dict[tuple[Style, float], list[Score]] = {(style, least): [] for style in styles for least in agreements}
+    embed_seconds, asked = 0.0, 0
+    predict_seconds = dict.fromkeys(styles, 0.0)
+    for number, photo in enumerate(photos, 1):
+        coarse = [question.coarse_HW for question in photo.questions]
+        if not coarse:
+            continue
+        with Image.open(photo.path) as opened:
+            picture = opened.convert("RGB")
+        frame = Frame(picture.height, picture.width, sam.side)
+        start = time.perf_counter()
+        embedding = sam.embed(frame.view(picture))
+        embed_seconds += time.perf_counter() - start
+        asked += sum(1 for mask in coarse if mask.any())
+        for style in styles:
+            prompts = prompt_all(coarse, frame, style, seed=seed, mask_side=sam.mask_side)
+            start = time.perf_counter()
+            found = iter(sam.predict(embedding, [prompt for prompt in prompts if prompt is not None]))
+            predict_seconds[style] += time.perf_counter() - start
+            predictions = [None if prompt is None else next(found) for prompt in prompts]
+            for least in agreements:
+                refined = finish(coarse, predictions, frame, least_agreement=least)
+                scores[style, least] += [
+                    Score(
+                        question.photo,
+                        float(question.truth_HW.mean()),
+                        _overlap(question.truth_HW, question.coarse_HW),
+                        _overlap(question.truth_HW, mask.mask_HW),
+                        mask.outcome == "refined",
+                    )
+                    for question, mask in zip(photo.questions, refined, strict=True)
+                ]
+        report(f"{number} of {len(photos)} photos")
+    return Measured(
+        scores,
+        len(photos),
+        embed_seconds / max(1, len(photos)),
+        {style: seconds / max(1, asked) for style, seconds in predict_seconds.items()},
+    )
+
+
+def _overlap(first_HW: BoolMask, second_HW: BoolMask) -> tuple[int, int]:
+    return int(np.count_nonzero(first_HW & second_HW)), int(np.count_nonzero(first_HW | second_HW))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Both measures before and after, with the interval of the difference."""
+
+    coarse: float
+    refined: float
+    low: float
+    high: float
+
+
+def gains(scores: Sequence[Score], *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[Gain, Gain]:
+    """Of gIoU and of cIoU. Photos are drawn with repetition, each with all its questions."""
+    overlaps = np.array([(*score.coarse, *score.refined) for score in scores], dtype=np.float64)  # [questions, 4]
+    ious = overlaps[:, [0, 2]] / overlaps[:, [1, 3]]
+    _, photo = np.unique([score.photo for score in scores], return_inverse=True)
+    num_photos = int(photo.max()) + 1
+    sums = np.zeros((num_photos, 7))  # of a photo: questions, IoUs, intersections and unions
+    np.add.at(sums, photo, np.column_stack([np.ones(len(scores)), ious, overlaps]))
+    drawn = np.random.default_rng(seed).integers(0, num_photos, (resamples, num_photos))
+    totals = np.concatenate([sums.sum(axis=0)[None], sums[drawn].sum(axis=1)])
+    g_iou = totals[:, 1:3] / totals[:, :1]
+    c_iou = totals[:, [3, 5]] / totals[:, [4, 6]]
+    return _gain(g_iou), _gain(c_iou)
+
+
+def _gain(measured: npt.NDArray[np.float64]) -> Gain:
+    """From [1 + resamples, 2]: the figure itself first, (coarse, refined) each."""
+    low, high = np.percentile(measured[1:, 1] - measured[1:, 0], [2.5, 97.5])
+    return Gain(float(measured[0, 0]), float(measured[0, 1]), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table."""
+
+    style: Style
+    least_agreement: float
+    area: str
+    scores: Sequence[Score]
+    g_iou: Gain
+    c_iou: Gain
+
+
+def lines_of(measured: Measured) -> list[Line]:
+    lines = []
+    for (style, least), scores in measured.scores.items():
+        for name, low, high in BUCKETS:
+            chosen = [score for score in scores if low <= score.area < high or (high == 1.0 and score.area == 1.0)]
+            if chosen:
+                lines.append(Line(style, least, name, chosen, *gains(chosen)))
+    return lines
+
+
+# ---------------------------------------------------------------- the command
+
+
+def result_table(lines: Sequence[Line]) -> str:
+    header = ("prompts", "agreement", "area", "n", "gIoU", "refined", "gain", "cIoU", "refined", "gain", "kept coarse")
+    return table(header, [_shown(line) for line in lines])
+
+
+def _shown(line: Line) -> tuple[str, ...]:
+    head = (line.style.label, f">= {line.least_agreement:g}", line.area, f"{len(line.scores)}")
+    figures = [
+        word
+        for gain in (line.g_iou, line.c_iou)
+        for word in (f"{gain.coarse:.3f}", f"{gain.refined:.3f}", f"[{gain.low:+.3f}, {gain.high:+.3f}]")
+    ]
+    return (*head, *figures, f"{_kept(line)}")
+
+
+def _kept(line: Line) -> int:
+    return sum(1 for score in line.scores if not score.is_refined)
+
+
+def result_rows(measured: Measured, lines: Sequence[Line], options: argparse.Namespace) -> list[dict[str, object]]:
+    """Rows of REFINING_COLUMNS."""
+    import torch
+
+    machine = Machine.here()
+    common = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine.name, "cpu": machine.cpu,
+        "cores": machine.cores, "threads": torch.get_num_threads(), "commit": commit(),
+        "relay_version": installed("vllm-relay"), "torch_version": installed("torch"),
+        "transformers_version": installed("transformers"), "data": options.data.name, "photos": measured.num_photos,
+        "refiner": Path(options.refiner).name, "coarse": "predictions" if options.predictions else "grids",
+        "grid": options.grid, "seed": options.seed, "embed_seconds": round(measured.embed_seconds, 3),
+    }  # fmt: skip
+    return [
+        {
+            **common, "prompts": line.style.label, "passes": line.style.passes,
+            "least_agreement": line.least_agreement, "area": line.area, "questions": len(line.scores),
+            "coarse_giou": round(line.g_iou.coarse, 5), "refined_giou": round(line.g_iou.refined, 5),
+            "giou_gain_low": round(line.g_iou.low, 5), "giou_gain_high": round(line.g_iou.high, 5),
+            "coarse_ciou": round(line.c_iou.coarse, 5), "refined_ciou": round(line.c_iou.refined, 5),
+            "ciou_gain_low": round(line.c_iou.low, 5), "ciou_gain_high": round(line.c_iou.high, 5),
+            "kept_coarse": _kept(line), "predict_seconds": round(measured.predict_seconds[line.style], 4),
+        }
+        for line in lines
+    ]  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    styles = ", ".join(style.label for style in Style)
+    add("data", type=Path, help="JSON lines of photos with masks, such as seg-tiny's val.jsonl; photos lie beside it")
+    add("--predictions", type=Path, metavar="JSONL", help="refine these masks of a model instead of ground-truth grids")
+    add("--refiner", default="mobile-sam", help="mobile-sam, or hub id or folder of a SAM (%(default)s)")
+    add("--grid", type=int, default=16, metavar="N", help="rows and columns of the grid (%(default)s)")
+    add("--prompts", action="append", metavar="STYLE", help=f"may be given again; default all of: {styles}")
+    add("--photos", type=int, metavar="N", help="the first N photos only")
+    add("--seed", type=int, default=0, metavar="N", help="of the points (%(default)s)")
+    add("--threads", type=int, metavar="N", help="of PyTorch (default: its own)")
+    add("--output", type=Path, metavar="CSV", help="append rows to this file")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    measured: Measured
+    lines: list[Line]
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Measure, and append to the output file if there is one."""
+    styles = _styles(options.prompts)
+    output = ResultsFile(options.output, REFINING_COLUMNS) if options.output else None
+    if output:
+        output.prepare()
+    truth = read_photos(options.data)[: options.photos]
+    folder = options.data.parent
+    photos = list(
+        predicted_photos(truth, folder, options.predictions)
+        if options.predictions
+        else grid_photos(truth, folder, options.grid)
+    )
+    if not any(photo.questions for photo in photos):
+        raise BenchArgumentError(f"{options.predictions or options.data} holds nothing to refine")
+    sam = _load(options)
+    agreements = (0.0, LEAST_AGREEMENT)
+    measured = measure(sam, photos, styles, agreements, options.seed, lambda text: print(text, file=sys.stderr))
+    lines = lines_of(measured)
+    if output:
+        output.append(result_rows(measured, lines, options))
+    return Outcome(measured, lines)
+
+
+def _load(options: argparse.Namespace) -> Sam:
+    import torch
+
+    from relay_models.refine import weights
+    from relay_models.refine.sam import Sam
+    from relay_serving.settings import REFINER_MOBILE_SAM, cache_folder
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.refiner != REFINER_MOBILE_SAM:
+        return Sam.from_pretrained(options.refiner)
+    return Sam.mobile(weights.prepare(cache_folder() / "models", lambda text: print(text, file=sys.stderr)))
+
+
+def _styles(labels: Sequence[str] | None) -> list[Style]:
+    known = {style.label: style for style in Style}
+    for label in labels or ():
+        if label not in known:
+            raise BenchArgumentError(f"--prompts is {label!r}; it must be one of {', '.join(known)}")
+    return [known[label] for label in labels] if labels else list(Style)
+
+
+def report(outcome: Outcome) -> str:
+    """The table and what it cost, for a person."""
+    measured = outcome.measured
+    costs = ", ".join(f"{style.label} {seconds:.2f} s" for style, seconds in measured.predict_seconds.items())
+    return "\n".join(
+        [
+            result_table(outcome.lines),
+            "",
+            f"{measured.num_photos} photos; {measured.embed_seconds:.2f} s to encode one; a mask: {costs}",
+            f"served by default: {DEFAULT_STYLE.label}, agreement >= {LEAST_AGREEMENT:g}",
+        ]
+    )
