@@ -1,0 +1,1 @@
+"""Training recipes: from pictures and masks to weights that the server loads."""

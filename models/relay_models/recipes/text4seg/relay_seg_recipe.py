@@ -1,0 +1,187 @@
+"""The recipe of relay-seg-tiny, from photos with masks to a folder the server loads, on a few CPU cores.
+
+    photos → features of changed copies → projector warmed up → LoRA and projector together → small file → merged folder
+
+The folder of a run holds
+    model/                        what it is all about: `vllm-relay serve RUN/model`
+    relay-seg.safetensors         what was trained, and nothing else, see `relay_seg.assemble`
+    features-KEY/, chats.json, projector.pt, checkpoint.pt
+Each step leaves its result there, whole or not at all, so the same call goes on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from relay_models.errors import RelayModelsError
+from relay_models.images import squash
+from relay_models.recipes.text4seg.augment import Augmentation
+from relay_models.recipes.text4seg.chat_keeping import read_or_make_chats
+from relay_models.recipes.text4seg.dataset import Photo
+from relay_models.recipes.text4seg.features import Encode, cache_key, make_variant, read_variants
+from relay_models.recipes.text4seg.training import Data, TrainingOptions, export, new_model, train
+from relay_models.recipes.text4seg.warmup import WarmupOptions, warm_up
+from relay_models.relay_seg.assemble import assemble, check_base
+from relay_models.relay_seg.configuration import RelaySegConfig
+from relay_models.relay_seg.encoder import CHECKPOINT_SHA256, fast_copy, load_encoder, normalise
+
+logger = logging.getLogger(__name__)
+
+MODEL, WEIGHTS = "model", "relay-seg.safetensors"
+_CHATS, _PROJECTOR, _STORE = "chats.json", "projector.pt", ".processes"
+
+# How often a photo is drawn: most often where people marked everything, least where little can be learnt from it.
+_FULLY_ANNOTATED, _PARTLY_ANNOTATED = 3.0, 0.5
+
+
+@dataclass(frozen=True)
+class RelaySegRecipe:
+    """What a run is made of.
+
+    Attributes:
+        output: folder of the run.
+        base: folder of SmolLM2-135M-Instruct, as `vllm-relay` prepares it.
+        encoder: the checkpoint of EfficientNet-Lite0, see `relay_seg.encoder`.
+        variants: copies of the photos, all but the first changed.
+        augmentation: how they are changed.
+        warmup: of the projector.
+        training: of everything together; its ``seed`` is also that of the changes.
+    """
+
+    output: Path
+    base: Path
+    encoder: Path
+    variants: int = 5
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(crop=0.6, copy_paste=0.25, mosaic=0.3))
+    warmup: WarmupOptions = field(default_factory=WarmupOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def __post_init__(self) -> None:
+        if self.variants < 1:
+            raise RelayModelsError(f"variants must be at least 1, got {self.variants}")
+
+
+def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
+    """Train on ``photos`` and return the folder of the model.
+
+    Raises:
+        CheckpointError: the base or the encoder is not the pinned one.
+        RelayModelsError: there are no photos, or they lie in several folders.
+    """
+    folders = {photo.folder for photo in photos}
+    if len(folders) != 1:
+        raise RelayModelsError(f"photos must be at least one, all below one folder, got {len(folders)} folders")
+    check_base(recipe.base)
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    cache = _cached_features(recipe, photos)
+    tokenizer = _tokenizer(recipe.base)
+    read_or_make_chats(recipe.output / _CHATS, recipe.base, tokenizer, recipe.training.seed)
+    _run_processes(_train_process, recipe.training.processes, recipe, cache, folders.pop())
+    weights = recipe.output / WEIGHTS
+    export(recipe.output / "checkpoint.pt", weights)
+    shutil.rmtree(recipe.output / MODEL, ignore_errors=True)
+    assemble(recipe.base, recipe.encoder, weights, recipe.output / MODEL)
+    return recipe.output / MODEL
+
+
+def photo_weights(photos: Sequence[Photo]) -> np.ndarray:
+    """[N] how often each photo is drawn; they sum to 1."""
+    weights_N = np.array([_photo_weight(photo) for photo in photos])
+    return weights_N / weights_N.sum()
+
+
+def class_names(photos: Sequence[Photo]) -> tuple[str, ...]:
+    """Every class that is said anything about, sorted."""
+    return tuple(sorted({name for photo in photos for name in (*photo.labels, *photo.absent, *photo.unsure)}))
+
+
+def _photo_weight(photo: Photo) -> float:
+    if photo.is_negative or photo.labelled_classes is not None or not photo.instances:
+        return _PARTLY_ANNOTATED
+    return 1.0 if any(instance.is_pseudo for instance in photo.instances) else _FULLY_ANNOTATED
+
+
+# ---------------------------------------------------------------- features
+
+
+def _cached_features(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
+    key = cache_key(photos, CHECKPOINT_SHA256, recipe.training.seed, recipe.augmentation)
+    folder = recipe.output / f"features-{key}"
+    _run_processes(_feature_process, min(recipe.training.processes, recipe.variants), recipe, folder, photos)
+    return folder
+
+
+def _feature_process(rank: int, world: int, recipe: RelaySegRecipe, folder: Path, photos: Sequence[Photo]) -> None:
+    encode = _encode(recipe.encoder)
+    for number in range(rank, recipe.variants, world):
+        make_variant(folder, number, photos, encode, recipe.training.seed, recipe.augmentation)
+
+
+def _encode(checkpoint: Path) -> Encode:
+    encoder = fast_copy(load_encoder(checkpoint))
+    side = RelaySegConfig().image_side
+
+    @torch.inference_mode()
+    def encode(image: Any) -> Any:
+        pixels = normalise(np.asarray(squash(image, side, side)))[None].bfloat16()
+        return encoder(pixels.to(memory_format=torch.channels_last))[0].float().numpy()
+
+    return encode
+
+
+# ---------------------------------------------------------------- training
+
+
+def _train_process(rank: int, world: int, recipe: RelaySegRecipe, cache: Path, image_folder: Path) -> None:
+    """Process 0 warms the projector up, then all train together."""
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    variants = read_variants(cache, image_folder)[: recipe.variants]
+    tokenizer = _tokenizer(recipe.base)
+    tensors = load_file(recipe.base / "model.safetensors")
+    classes = class_names([photo for variant in variants for photo in variant.photos])
+    model = new_model(AutoConfig.from_pretrained(recipe.base), tensors, tokenizer, classes, recipe.training)
+    weights_N = photo_weights(variants[0].photos)
+    if rank == 0:
+        warm_up(recipe.warmup, model, variants, weights_N, recipe.output / _PROJECTOR)
+    if world > 1:
+        torch.distributed.barrier()
+        for tensor in (*model.projector.state_dict().values(), *model.shape_head.state_dict().values()):
+            torch.distributed.broadcast(tensor, 0)
+    chats = read_or_make_chats(recipe.output / _CHATS, recipe.base, tokenizer, recipe.training.seed)
+    train(recipe.training, model, Data(variants, weights_N, chats), tokenizer, recipe.output, rank)
+
+
+def _tokenizer(base: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base)
+
+
+def _run_processes(work: Any, count: int, recipe: RelaySegRecipe, *args: Any) -> None:
+    """``work(rank, count, recipe, *args)`` in ``count`` processes of one thread each, joined by torch.distributed."""
+    store = recipe.output / _STORE
+    store.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_process, (count, store, work, recipe, *args), nprocs=count)
+    store.unlink(missing_ok=True)
+
+
+def _process(rank: int, count: int, store: Path, work: Any, *args: Any) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    if count > 1:
+        torch.distributed.init_process_group("gloo", init_method=store.absolute().as_uri(), rank=rank, world_size=count)
+    work(rank, count, *args)
+    if count > 1:
+        torch.distributed.destroy_process_group()

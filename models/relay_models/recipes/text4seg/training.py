@@ -1,0 +1,478 @@
+"""Training of relay-seg-tiny: LoRA of the language model and the projector, on cached features, on a few CPU cores.
+
+    features (cached) → projector ┐
+                                  ├→ packed sequence → LoRA Llama → loss on the answers
+    questions (drawn anew)        ┘
+
+One process a core works on a picture of its own; gradients are averaged. Every choice of step s in process r is drawn
+from a generator seeded with (seed, s, r), so that a run that was killed goes on from its last checkpoint with the same
+data. The learning rate follows the time that is used, because it is the time that is limited.
+
+Legend: S tokens of a sequence, A of them predicted, D the language model's width, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from relay_models.errors import RelayModelsError
+from relay_models.recipes.text4seg.cells import CellTargets, cell_targets
+from relay_models.recipes.text4seg.features import Variant
+from relay_models.recipes.text4seg.lora_layers import Guide, LoraLlama
+from relay_models.recipes.text4seg.packing import Exchange, PackedSequence, Packer
+from relay_models.recipes.text4seg.questions import Question, QuestionMix, questions_of
+from relay_models.relay_seg.assemble import ALPHA, BASE_SHA256, METADATA_KEY
+from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
+from relay_models.relay_seg.encoder import CHECKPOINT_SHA256
+from relay_models.relay_seg.projector import Projector, ProjectorSizes
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
+LENGTH_WEIGHT = 0.2
+# The first layer of SmolLM2 adds forty times what an embedding holds: tokens as large as that stay legible above it. It
+# does not change what that layer itself computes, which is of normalised tokens.
+TOKEN_SCALE = 20.0
+PLACE_SHARE = 0.7  # of a typical embedding's length, for the row of a cell's token and for its column
+# Where the language model is told to look: heads are (key head, query head of its group).
+GUIDED_LAYERS = (5, 9)
+GUIDED_HEADS = ((0, 0), (1, 0))
+PROBED_LAYER = 4
+MAX_ROUNDS = 3  # of questions about one photo
+SHORTEST_QUESTION = 120  # tokens
+CERTAIN = 12.0  # logit of what is true, the others' being 0
+COMMON_TOKENS = 2048  # of the vocabulary, whose tokens are sorted from common to rare: rivals of every target
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a run goes.
+
+    Attributes:
+        minutes: of training.
+        rank, alpha: of the LoRA.
+        lora_rate, projector_rate: learning rates at their highest.
+        cell_weight: of the projector's own loss, beside the answers'.
+        tokens: of the questions and answers of one sequence, at most.
+        whole_answers: of answers, how many are read to their end; the others end below the last row that shows
+            something.
+        guide_weight: of the losses that tell layers where in the picture a token is, beside the answers'.
+        true_cells: of sequences, in how many the cells' tokens say what is true, not what the projector believes.
+        full_vocabulary_share: of predicted tokens, how many compete with the whole vocabulary; the others with
+            the common tokens and those of the answers.
+        chat_every: steps between those that keep the chat as it was; 0 for none.
+        warmup_steps: until the learning rate is at its highest.
+        held_share: of the time, for how much of it the rate stays there before it falls along a cosine to nothing.
+        max_grad_norm: of the gradient, LoRA and projector each.
+        checkpoint_seconds: between checkpoints.
+        processes: one a core.
+        seed: of everything.
+    """
+
+    minutes: float = 65.0
+    rank: int = 24
+    alpha: float = 48.0
+    lora_rate: float = 1e-3
+    projector_rate: float = 3e-4
+    cell_weight: float = 0.3
+    tokens: int = 1000
+    whole_answers: float = 0.35
+    guide_weight: float = 0.3
+    true_cells: float = 0.5
+    full_vocabulary_share: float = 0.1
+    chat_every: int = 6
+    warmup_steps: int = 20
+    held_share: float = 0.7
+    max_grad_norm: float = 1.0
+    checkpoint_seconds: float = 240.0
+    processes: int = 2
+    seed: int = 0
+    mix: QuestionMix = field(
+        default_factory=lambda: QuestionMix(num_absent=2, multi_class_share=0.3, everything_share=0.1)
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "rank", "alpha", "lora_rate", "projector_rate", "tokens", "processes"):
+            if getattr(self, name) <= 0:
+                raise RelayModelsError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass
+class Model:
+    """What is trained, and the classes its projector names."""
+
+    projector: Projector
+    shape_head: nn.Linear
+    llama: LoraLlama
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Variants of the photos, how often each photo is drawn, exchanges that keep the chat, places of checkpoints."""
+
+    variants: Sequence[Variant]
+    weights: np.ndarray
+    chats: Sequence[tuple[str, str]]
+
+
+def train(options: TrainingOptions, model: Model, data: Data, tokenizer: Any, folder: Path, rank: int = 0) -> None:
+    """Train until the time is over, going on from ``folder``'s checkpoint if there is one.
+
+    To be called in each of ``options.processes`` processes, with torch.distributed initialised where there are several.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = _Trainer(options, model, data, tokenizer, rank)
+    step, elapsed = trainer.restore(folder / CHECKPOINT)
+    started, saved = time.monotonic() - elapsed, time.monotonic()
+    total = options.minutes * 60
+    bar = tqdm(total=int(total), initial=int(elapsed), unit="s", disable=rank != 0, mininterval=10)
+    while (elapsed := trainer.agreed(time.monotonic() - started)) < total:
+        figures = trainer.step(step, elapsed / total)
+        step += 1
+        if rank == 0:
+            bar.update(int(elapsed) - bar.n)
+            bar.set_postfix(figures, refresh=False)
+            if step % 10 == 0:
+                logger.info("step %d at %d s: %s", step, elapsed, figures)
+            if time.monotonic() - saved > options.checkpoint_seconds:
+                trainer.save(folder / CHECKPOINT, step, time.monotonic() - started)
+                saved = time.monotonic()
+    if rank == 0:
+        trainer.save(folder / CHECKPOINT, step, total)
+    bar.close()
+
+
+class _Trainer:
+    def __init__(self, options: TrainingOptions, model: Model, data: Data, tokenizer: Any, rank: int) -> None:
+        self.options, self.model, self.data, self.rank = options, model, data, rank
+        self.packer = Packer(tokenizer, model.projector.sizes.grid**2)
+        projector = [*model.projector.parameters(), *model.shape_head.parameters()]
+        lora = list(model.llama.named_halves().values())
+        self.groups = (lora, projector)
+        self.rates = (options.lora_rate, options.projector_rate)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": lora, "weight_decay": 0.0}, {"params": projector, "weight_decay": 0.02}],
+            lr=0.0,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        self.mean: dict[str, float] = {}
+        torch.manual_seed(options.seed)
+        grid = model.projector.sizes.grid
+        self.probe = nn.Linear(model.projector.sizes.out_width, 2 * grid)
+        self.probe_optimizer = torch.optim.Adam(self.probe.parameters(), lr=3e-3)
+
+    # ------------------------------------------------------------ data
+
+    def sequence(self, rng: np.random.Generator) -> tuple[int, int, list[Exchange]]:
+        """A variant, a photo of it, and questions about it until the sequence is full.
+
+        Questions are asked again, in other words, where a photo has few: the processes wait for one another, so their
+        sequences have to be about equally long.
+        """
+        while True:
+            index = int(rng.choice(len(self.data.weights), p=self.data.weights))
+            number = int(rng.integers(len(self.data.variants)))
+            photo = self.data.variants[number].photos[index]
+            exchanges: list[Exchange] = []
+            room = self.options.tokens
+            for _ in range(MAX_ROUNDS):
+                for question in questions_of(photo, self.model.projector.sizes.grid, rng, self.options.mix):
+                    exchange = self._exchange(question, rng)
+                    if len(exchange.ids) <= room:
+                        exchanges.append(exchange)
+                        room -= len(exchange.ids)
+                if room < SHORTEST_QUESTION:
+                    break
+            if exchanges:
+                return number, index, exchanges
+
+    def _exchange(self, question: Question, rng: np.random.Generator) -> Exchange:
+        """Mostly without most of the rows below the last that shows something: each is a copy of the one above it."""
+        exchange = self.packer.exchange(question)
+        if rng.random() < self.options.whole_answers:
+            return exchange
+        rows = np.flatnonzero(question.cells_GG.any(axis=1))
+        last = (int(rows[-1]) if len(rows) else -1) + int(rng.integers(1, 4))
+        return exchange if last >= len(question.cells_GG) - 1 else self.packer.cut_after_row(exchange, last)
+
+    # ------------------------------------------------------------ a step
+
+    def step(self, step: int, time_used: float) -> dict[str, float]:
+        rng = np.random.default_rng([self.options.seed, step, self.rank])
+        torch.manual_seed(int(rng.integers(1 << 31)))
+        self.optimizer.zero_grad(set_to_none=False)
+        self.model.llama.merge()
+        if self.data.chats and self.options.chat_every and step % self.options.chat_every == 0:
+            figures = self._chat_step(rng)
+        else:
+            figures = self._picture_step(rng)
+        self._average_gradients()
+        rise = min(1.0, (step + 1) / self.options.warmup_steps)
+        fall = max(0.0, time_used - self.options.held_share) / (1 - self.options.held_share)
+        shape = rise * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
+        for group, rate, parameters in zip(self.optimizer.param_groups, self.rates, self.groups, strict=True):
+            group["lr"] = rate * shape
+            nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
+        self.optimizer.step()
+        self.probe_optimizer.step()
+        self.probe_optimizer.zero_grad()
+        for name, value in figures.items():
+            if not math.isfinite(self.mean.get(name, 0.0)):
+                self.mean[name] = value
+            self.mean[name] = 0.95 * self.mean.get(name, value) + 0.05 * value
+        return {name: round(value, 4) for name, value in self.mean.items()}
+
+    def _picture_step(self, rng: np.random.Generator) -> dict[str, float]:
+        number, index, exchanges = self.sequence(rng)
+        variant = self.data.variants[number]
+        targets = cell_targets(variant.photos[index], self.model.projector.sizes.grid, self.model.classes)
+        features = torch.from_numpy(np.array(variant.features[index])[None]).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden_NTE = self.model.projector.hidden(features)
+            logits_NTK = self.model.projector.classify(hidden_NTE).float()
+            lengths_NTG = self.model.projector.measure(hidden_NTE).float()
+            shown_NTK, shown_NTG = logits_NTK, lengths_NTG
+            if rng.random() < self.options.true_cells:
+                shown_NTK, shown_NTG = _true_logits(targets, logits_NTK, lengths_NTG)
+            tokens_NTD = self.model.projector.tokens(hidden_NTE, shown_NTK, shown_NTG)
+            shape_NT4 = self.model.shape_head(hidden_NTE).float()
+        cell_loss = cell_losses(logits_NTK, lengths_NTG, shape_NT4, [targets])
+        packed = self.packer.pack(exchanges, has_image=True)
+        answer_loss, figures = self._answer_loss(packed, tokens_NTD[0], rng)
+        (answer_loss + self.options.cell_weight * cell_loss).backward()
+        return {
+            **figures,
+            "loss": answer_loss.item(),
+            "cells": cell_loss.item(),
+            "tokens": float(len(packed.ids_S)),
+        }
+
+    def _chat_step(self, rng: np.random.Generator) -> dict[str, float]:
+        chosen = rng.choice(len(self.data.chats), size=min(5, len(self.data.chats)), replace=False)
+        exchanges = [self.packer.chat(*self.data.chats[index]) for index in chosen]
+        packed = self.packer.pack(exchanges, has_image=False)
+        loss, _ = self._answer_loss(packed, None, rng, is_full=True)
+        loss.backward()
+        return {"chat": loss.item()}
+
+    def _answer_loss(
+        self, packed: PackedSequence, tokens_TD: Tensor | None, rng: np.random.Generator, is_full: bool = False
+    ) -> tuple[Tensor, dict[str, float]]:
+        llama = self.model.llama
+        embeddings_SD = F.embedding(packed.ids_S, llama.embeddings)
+        if tokens_TD is not None:
+            is_image_S = packed.ids_S == IMAGE_TOKEN_ID
+            embeddings_SD = embeddings_SD.masked_scatter(is_image_S[:, None], tokens_TD.to(embeddings_SD.dtype))
+        guide = None if tokens_TD is None else self._guide(packed)
+        hidden_SD, shares, probed_MD = llama.guided(embeddings_SD, packed.layout, guide)
+        hidden_AD = hidden_SD[packed.source_A]
+        weight_A = packed.weight_A / packed.weight_A.sum()
+        share = 1.0 if is_full else self.options.full_vocabulary_share
+        chosen_A = torch.from_numpy(rng.random(len(hidden_AD)) < share)
+        loss = torch.zeros(())
+        figures: dict[str, float] = {}
+        if guide is not None:
+            loss, figures = self._guided_loss(packed, shares, probed_MD)
+        if chosen_A.any():
+            logits = F.linear(hidden_AD[chosen_A], llama.embeddings).float()
+            nll_A = F.cross_entropy(logits, packed.target_A[chosen_A], reduction="none")
+            loss = loss + (nll_A * weight_A[chosen_A]).sum()
+        if not chosen_A.all():
+            kept_V = torch.unique(torch.cat((torch.arange(COMMON_TOKENS), packed.target_A)))
+            logits = F.linear(hidden_AD[~chosen_A], llama.embeddings[kept_V]).float()
+            target = torch.searchsorted(kept_V, packed.target_A[~chosen_A])
+            nll_A = F.cross_entropy(logits, target, reduction="none")
+            loss = loss + (nll_A * weight_A[~chosen_A]).sum()
+            counted = weight_A[~chosen_A] >= weight_A.max() * 0.99  # the places where rows change
+            if counted.any():
+                figures["accuracy"] = (logits.argmax(-1) == target)[counted].float().mean().item()
+            is_known = packed.weight_A[~chosen_A] >= 1
+            figures["answers"] = nll_A[is_known].mean().item()
+        return loss, figures
+
+    def _guide(self, packed: PackedSequence) -> Guide:
+        """To the cells of the run that a token is part of."""
+        is_run_A = packed.start_A >= 0
+        first = len(self.packer.text_prefix)
+        keys_M2 = torch.stack((packed.start_A, packed.end_A), -1)[is_run_A] + first
+        return Guide(packed.source_A[is_run_A], keys_M2, GUIDED_LAYERS, GUIDED_HEADS, PROBED_LAYER)
+
+    def _guided_loss(
+        self, packed: PackedSequence, shares: Tensor, probed_MD: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Heads look at the first and at the last cell of the run; the layers below them know row and column."""
+        is_run_A = packed.start_A >= 0
+        weight_M = packed.weight_A[is_run_A] / packed.weight_A[is_run_A].sum()
+        seen = (-shares.float().clamp(min=1e-12).log().mean(-1) * weight_M).sum(-1).mean()
+        grid = self.model.projector.sizes.grid
+        cell_M = packed.start_A[is_run_A]
+        row_MG, column_MG = self.probe(F.rms_norm(probed_MD.float(), probed_MD.shape[-1:])).split(grid, -1)
+        places = F.cross_entropy(row_MG, cell_M // grid, reduction="none")
+        places = places + F.cross_entropy(column_MG, cell_M % grid, reduction="none")
+        known = (places * weight_M).sum()
+        right = (row_MG.argmax(-1) == cell_M // grid).float().mean().item()
+        figures = {"seen": seen.item(), "places": known.item(), "rows": right}
+        return self.options.guide_weight * (seen + known), figures
+
+    def _average_gradients(self) -> None:
+        if not dist.is_initialized():
+            return
+        parameters = [*(parameter for group in self.groups for parameter in group), *self.probe.parameters()]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(piece.view_as(parameter))
+
+    def agreed(self, seconds: float) -> float:
+        """The seconds of process 0: all end at the same step."""
+        if not dist.is_initialized():
+            return seconds
+        value = torch.tensor([seconds], dtype=torch.float64)
+        dist.broadcast(value, 0)
+        return float(value)
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, file: Path, step: int, elapsed: float) -> None:
+        state = {
+            "step": step,
+            "elapsed": elapsed,
+            "options": json.dumps(asdict(self.options)),
+            "classes": list(self.model.classes),
+            "projector": self.model.projector.state_dict(),
+            "shape_head": self.model.shape_head.state_dict(),
+            "halves": {name: half.detach() for name, half in self.model.llama.named_halves().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "probe": self.probe.state_dict(),
+            "probe_optimizer": self.probe_optimizer.state_dict(),
+            "mean": self.mean,
+        }
+        unfinished = file.with_suffix(".part")
+        torch.save(state, unfinished)
+        os.replace(unfinished, file)
+
+    def restore(self, file: Path) -> tuple[int, float]:
+        """Step and seconds of the checkpoint, 0 and 0.0 without one."""
+        if not file.exists():
+            return 0, 0.0
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        self.model.projector.load_state_dict(state["projector"])
+        self.model.shape_head.load_state_dict(state["shape_head"])
+        with torch.no_grad():
+            for name, half in self.model.llama.named_halves().items():
+                half.copy_(state["halves"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.probe.load_state_dict(state["probe"])
+        self.probe_optimizer.load_state_dict(state["probe_optimizer"])
+        self.mean = state["mean"]
+        return state["step"], state["elapsed"]
+
+
+def cell_losses(
+    logits_NTK: Tensor,
+    lengths_NTG: Tensor,
+    shape_NT4: Tensor,
+    targets: Sequence[CellTargets],
+    class_weights_K: Tensor | None = None,
+) -> Tensor:
+    """What the projector says of each cell against what is known: class, length of the run, shape of the object."""
+    class_NT = torch.from_numpy(np.stack([target.class_T for target in targets]))
+    unnamed_NK = torch.from_numpy(np.stack([target.unnamed_K for target in targets]))
+    log_NTK = logits_NTK.log_softmax(-1)
+    named_NT = log_NTK.gather(-1, class_NT[..., None])[..., 0]
+    unnamed_NT = log_NTK.masked_fill(~unnamed_NK[:, None], float("-inf")).logsumexp(-1)
+    weight_NT = torch.ones_like(named_NT) if class_weights_K is None else class_weights_K[class_NT]
+    class_loss = -(torch.where(class_NT > 0, named_NT, unnamed_NT) * weight_NT).sum() / weight_NT.sum()
+    length_NT = torch.from_numpy(np.stack([target.length_T for target in targets]))
+    length_loss = F.cross_entropy(lengths_NTG.flatten(0, 1), length_NT.flatten())
+    truth_NT4 = torch.from_numpy(np.stack([target.shape_T4 for target in targets]))
+    is_object_NT = torch.from_numpy(np.stack([target.is_object_T for target in targets]))
+    distance_NT = (shape_NT4 - truth_NT4).abs().mean(-1)
+    shape_loss = (distance_NT * is_object_NT).sum() / is_object_NT.sum().clamp(min=1)
+    return class_loss + LENGTH_WEIGHT * length_loss + shape_loss
+
+
+def _true_logits(targets: CellTargets, logits_NTK: Tensor, lengths_NTG: Tensor) -> tuple[Tensor, Tensor]:
+    """Certainty about each cell's class and length in the place of the projector's opinion, which stays where a cell of
+    class 0 may show something after all."""
+    class_T = torch.from_numpy(targets.class_T)
+    is_known_T = (class_T > 0) | (torch.from_numpy(targets.unnamed_K).sum() == 1)
+    true_TK = F.one_hot(class_T, logits_NTK.shape[-1]).float() * CERTAIN
+    true_TG = F.one_hot(torch.from_numpy(targets.length_T), lengths_NTG.shape[-1]).float() * CERTAIN
+    return (
+        torch.where(is_known_T[:, None], true_TK, logits_NTK[0])[None],
+        torch.where(is_known_T[:, None], true_TG, lengths_NTG[0])[None],
+    )
+
+
+def new_model(
+    config: Any, tensors: dict[str, Tensor], tokenizer: Any, classes: Sequence[str], options: TrainingOptions
+) -> Model:
+    """The untrained model over the base's config and tensors: a codebook that begins as the classes' names."""
+    torch.manual_seed(options.seed)
+    sizes = ProjectorSizes(num_classes=len(classes), out_width=config.hidden_size)
+    projector = Projector(sizes, dropout=0.1)
+    embeddings = tensors["model.embed_tokens.weight"].float()
+    typical = embeddings.norm(dim=1).median() * TOKEN_SCALE
+
+    def embedded(words: Sequence[str]) -> Tensor:
+        rows = [embeddings[tokenizer(word)["input_ids"]].mean(0) for word in words]
+        return F.normalize(torch.stack(rows), dim=1) * typical
+
+    with torch.no_grad():
+        projector.codebook_KD.copy_(embedded([f" {name}" for name in ("others", *classes)]))
+        projector.lengths_GD.copy_(embedded([str(number + 1) for number in range(sizes.grid)]))
+        # A direction a row and one a column, so that a row can be looked up from the start.
+        row_GD, column_GD = F.normalize(torch.randn(2, sizes.grid, sizes.out_width), dim=-1) * typical * PLACE_SHARE
+        projector.place_TD.copy_((row_GD[:, None] + column_GD[None]).flatten(0, 1))
+        projector.free.weight.zero_()
+    llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=options.seed)
+    return Model(projector, nn.Linear(sizes.width, 4), llama, tuple(classes))
+
+
+def export(checkpoint: Path, target: Path) -> None:
+    """Write what a checkpoint holds as the small file that `relay_seg.assemble` merges, in bfloat16, by a rename.
+
+    The metadata names the base and the encoder it belongs to, the options, steps, seconds and classes of the run.
+    """
+    from safetensors.torch import save_file
+
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    options = json.loads(state["options"])
+    tensors = {f"projector.{name}": tensor for name, tensor in state["projector"].items()} | state["halves"]
+    training = {
+        "base_sha256": BASE_SHA256,
+        "encoder_sha256": CHECKPOINT_SHA256,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "steps": state["step"],
+        "seconds": round(state["elapsed"]),
+        "options": options,
+        "classes": state["classes"],
+    }
+    settings = {ALPHA: options["alpha"], "projector_classes": len(state["classes"])}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(settings), "training": json.dumps(training)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(".part")
+    save_file({name: t.detach().to(torch.bfloat16).contiguous() for name, t in tensors.items()}, unfinished, metadata)
+    os.replace(unfinished, target)

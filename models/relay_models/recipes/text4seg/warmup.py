@@ -1,0 +1,159 @@
+"""The projector's warm-up: it learns what each cell shows before the language model learns to read it.
+
+    features (cached) → projector → class, length of the run and shape of the object, cell by cell
+
+It costs little: no language model takes part. Afterwards a cell's token already holds, in the language model's own
+words, what the cell shows. It is trained for a time, not for a number of steps, and goes on from its checkpoint.
+
+Legend: T cells, K classes and one, N photos of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from relay_models.errors import RelayModelsError
+from relay_models.recipes.text4seg.cells import CellTargets, cell_targets
+from relay_models.recipes.text4seg.features import Variant
+from relay_models.recipes.text4seg.training import Model, cell_losses
+
+logger = logging.getLogger(__name__)
+
+_WARMUP_STEPS = 30
+_RARE_EXPONENT = 0.5  # a class counts as (mean share / its share) to this power, between the two bounds
+_CLASS_WEIGHTS = (0.5, 6.0)
+_FEWEST_CELLS = 50
+
+
+@dataclass(frozen=True)
+class WarmupOptions:
+    """How a warm-up goes.
+
+    Attributes:
+        minutes: over which the learning rate falls to nothing; 0 for no warm-up.
+        photos: of a step.
+        rate: the learning rate at its highest.
+        weight_decay: of matrices.
+        checkpoint_seconds: between checkpoints.
+        seed: of what is drawn.
+    """
+
+    minutes: float = 20.0
+    photos: int = 12
+    rate: float = 1e-3
+    weight_decay: float = 0.05
+    checkpoint_seconds: float = 120.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.minutes >= 0:
+            raise RelayModelsError(f"minutes must not be negative, got {self.minutes}")
+        for name in ("photos", "rate", "checkpoint_seconds"):
+            if not getattr(self, name) > 0:
+                raise RelayModelsError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def warm_up(
+    options: WarmupOptions, model: Model, variants: Sequence[Variant], weights_N: np.ndarray, checkpoint: Path
+) -> None:
+    """Train the projector until the time is over, going on from ``checkpoint`` if it is there.
+
+    Args:
+        options: see there.
+        model: whose projector is trained; its language model takes no part.
+        variants: of the photos, with features.
+        weights_N: how often each photo is drawn; they sum to 1.
+        checkpoint: a file; when the time is over it holds the result, and nothing is left to do.
+    """
+    grid = model.projector.sizes.grid
+    targets = [[cell_targets(photo, grid, model.classes) for photo in variant.photos] for variant in variants]
+    weights_K = class_weights(targets, len(model.classes) + 1)
+    parameters = [*model.projector.parameters(), *model.shape_head.parameters()]
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+    )
+    step, elapsed = _restore(checkpoint, model, optimizer)
+    started, saved, total = time.monotonic() - elapsed, time.monotonic(), options.minutes * 60
+    model.projector.train()
+    with tqdm(total=int(total), initial=int(elapsed), unit="s", desc="Projector", mininterval=5) as bar:
+        while (elapsed := time.monotonic() - started) < total:
+            rng = np.random.default_rng([options.seed, step])
+            torch.manual_seed(int(rng.integers(1 << 31)))
+            rise = min(1.0, (step + 1) / _WARMUP_STEPS)
+            for group in optimizer.param_groups:
+                group["lr"] = options.rate * rise * 0.5 * (1 + math.cos(math.pi * elapsed / total))
+            drawn = [
+                (int(rng.integers(len(variants))), int(rng.choice(len(weights_N), p=weights_N)))
+                for _ in range(options.photos)
+            ]
+            features = np.stack([variants[number].features[index] for number, index in drawn])
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden_NTE = model.projector.hidden(torch.from_numpy(features).float())
+                logits_NTK = model.projector.classify(hidden_NTE).float()
+                lengths_NTG = model.projector.measure(hidden_NTE).float()
+                shape_NT4 = model.shape_head(hidden_NTE).float()
+            chosen = [targets[number][index] for number, index in drawn]
+            loss = cell_losses(logits_NTK, lengths_NTG, shape_NT4, chosen, weights_K)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            step += 1
+            bar.update(int(elapsed) - bar.n)
+            bar.set_postfix(loss=round(loss.item(), 4), refresh=False)
+            if time.monotonic() - saved > options.checkpoint_seconds:
+                _save(checkpoint, model, optimizer, step, time.monotonic() - started)
+                saved = time.monotonic()
+    _save(checkpoint, model, optimizer, step, max(elapsed, total))
+    logger.info("projector: %d steps", step)
+
+
+def class_weights(targets: Sequence[Sequence[CellTargets]], num_classes: int) -> Tensor:
+    """[K] how much a cell of each class counts: more where its class is rare. Class 0 counts once."""
+    cells_K = np.zeros(num_classes)
+    for target in (target for variant in targets for target in variant):
+        cells_K += np.bincount(target.class_T, minlength=num_classes)
+    shares_K = cells_K[1:].mean() / np.maximum(cells_K, _FEWEST_CELLS)
+    weights_K = np.clip(shares_K**_RARE_EXPONENT, *_CLASS_WEIGHTS)
+    weights_K[0] = 1.0
+    return torch.from_numpy(weights_K).float()
+
+
+def _save(file: Path, model: Model, optimizer: torch.optim.Optimizer, step: int, elapsed: float) -> None:
+    state = {
+        "step": step,
+        "elapsed": elapsed,
+        "classes": list(model.classes),
+        "projector": model.projector.state_dict(),
+        "shape_head": model.shape_head.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    unfinished = file.with_suffix(".part")
+    torch.save(state, unfinished)
+    os.replace(unfinished, file)
+
+
+def _restore(file: Path, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    if not file.exists():
+        return 0, 0.0
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if tuple(state["classes"]) != model.classes:
+        raise RelayModelsError(f"{file} was made with other classes: name another folder, or remove it")
+    model.projector.load_state_dict(state["projector"])
+    model.shape_head.load_state_dict(state["shape_head"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["elapsed"]

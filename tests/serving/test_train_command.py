@@ -1,0 +1,298 @@
+"""`vllm-relay eval text4seg`: what it asks a server, what it makes of the answers, and what a mistake says.
+
+`vllm-relay train text4seg`: that what is given reaches the recipe, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from relay_models.masks import coco_rle
+from relay_models.recipes.text4seg.dataset import Photo, load_png_masks
+from relay_serving import train_command
+from relay_serving.errors import EngineStartError, RelayServingError, UsageError
+from relay_serving.schemas.segmentation import (
+    ImageFacts,
+    SegmentationRequest,
+    SegmentationResponse,
+    SegmentationResult,
+    Timings,
+    Usage,
+)
+from tiny_server import GRID, TINY_FLAGS
+
+WIDTH, HEIGHT = 40, 30
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two pictures with a cat, one of them with a wine glass; kites are known not to be there."""
+    folder = tmp_path / "set"
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for stem in ("a", "b"):
+        pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{stem}.png")
+        mask(4, 4, 20, 20).save(folder / "masks" / f"{stem}.cat.png")
+    mask(24, 8, 36, 28).save(folder / "masks" / "b.wine glass.png")
+    (folder / "classes.txt").write_text("cat\nwine glass\nkite\n")
+    return folder
+
+
+def mask(x0: int, y0: int, x1: int, y1: int) -> Image.Image:
+    pixels = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    pixels[y0:y1, x0:x1] = 255
+    return Image.fromarray(pixels)
+
+
+# ---------------------------------------------------------------- a server that knows the truth
+
+
+class TruthfulServer:
+    """Speaks the route's own schemas, and answers with the masks of the photo it is sent."""
+
+    def __init__(self, photos: list[Photo]) -> None:
+        self.requests: list[SegmentationRequest] = []
+        self.keys: list[str | None] = []
+        self.by_bytes = {photo.path.read_bytes(): photo for photo in photos}
+        self.status = 200
+        self.shuffles = True
+        self.drops = 0
+
+    def answer(self, request: SegmentationRequest) -> SegmentationResponse:
+        (_, url) = request.image_urls()[0]
+        photo = self.by_bytes[base64.b64decode(url.split(",", 1)[1])]
+        wanted = request.expressions or request.classes or []
+        results = []
+        for index, text in enumerate(wanted):
+            mask_HW = photo.class_mask(text)
+            results.append(
+                SegmentationResult(
+                    index=index,
+                    image_index=0,
+                    query_index=index if request.expressions else 0,
+                    expression=text if request.expressions else None,
+                    label=text,
+                    status="complete" if mask_HW.any() else "none",
+                    mask=dict(coco_rle(mask_HW)) if mask_HW.any() else None,
+                )
+            )
+        if self.shuffles:
+            results.reverse()
+        return SegmentationResponse(
+            id="s",
+            created=0,
+            model="truth",
+            images=[ImageFacts(index=0, width=photo.width, height=photo.height)],
+            results=results[self.drops :],
+            usage=Usage(),
+            timings=Timings(),
+        )
+
+
+@pytest.fixture
+def truth(data: Path) -> Iterator[tuple[TruthfulServer, str]]:
+    server = TruthfulServer(load_png_masks(data))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply({"data": [{"id": "truth"}]})
+
+        def do_POST(self) -> None:
+            server.keys.append(self.headers["Authorization"])
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            request = SegmentationRequest.model_validate_json(body)
+            server.requests.append(request)
+            self.reply(server.answer(request).model_dump(mode="json"))
+
+        def reply(self, value: Any) -> None:
+            text = json.dumps(value).encode()
+            self.send_response(server.status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield server, f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def test_a_truthful_server_scores_one(data, truth, tmp_path, capsys):
+    server, url = truth
+    words = [
+        str(data),
+        "--url",
+        url + "/v1/",
+        "--api-key",
+        "secret",
+        "--multi-class",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert train_command.run_eval(words) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["model"] == "truth"
+    assert {row["name"]: row["ciou"]["value"] for row in report["classes"]} == {"cat": 1.0, "wine glass": 1.0}
+    assert (report["n_acc"]["value"], report["t_acc"]["value"], report["mean_iou"]) == (1.0, 1.0, 1.0)
+    assert report["statuses"] == [["complete", 3], ["none", 3]]
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "out" / "report.md").read_text()
+    assert "truth on set, grammar: on, refiner: none. 2 photos, 6 questions" in printed
+    asked = [request.expressions or request.classes for request in server.requests]
+    assert asked == [["cat", "wine glass", "kite"]] * 4
+    assert [bool(request.classes) for request in server.requests] == [False, True] * 2
+    assert set(server.keys) == {"Bearer secret"}
+    assert all((request.on_refusal, request.refiner) == ("force", "none") for request in server.requests)
+
+
+def test_without_the_grammar_a_refusal_is_taken_as_it_is(data, truth):
+    server, url = truth
+    assert (
+        train_command.run_eval([str(data), "--url", url, "--grammar", "off", "--refiner", "sharp", "--limit", "1"]) == 0
+    )
+    (request,) = server.requests
+    assert (request.grammar, request.on_refusal, request.refiner) == ("off", "return", "sharp")
+    assert server.keys == [None]
+
+
+def test_more_expressions_than_a_request_takes_are_sent_in_parts(data, truth, monkeypatch):
+    server, url = truth
+    monkeypatch.setattr(train_command, "MOST_EXPRESSIONS", 2)
+    assert train_command.run_eval([str(data), "--url", url]) == 0
+    assert [len(request.expressions) for request in server.requests] == [2, 1, 2, 1]
+
+
+def test_an_answer_with_too_few_results_is_named(data, truth):
+    server, url = truth
+    server.drops = 1
+    with pytest.raises(RelayServingError, match=r"images/a\.png: 3 expressions were sent, 2 came back"):
+        train_command.run_eval([str(data), "--url", url])
+
+
+def test_what_a_server_refuses_is_told(data, truth):
+    server, url = truth
+    server.status = 503
+    with pytest.raises(RelayServingError, match=r"/v1/models answered 503: .*truth"):
+        train_command.run_eval([str(data), "--url", url])
+
+
+# ---------------------------------------------------------------- what a mistake says
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ([], "one of --url"),
+        (["--url", "http://x", "--model", "m"], "one of --url"),
+        (["--url", "localhost:8000"], "--url is 'localhost:8000'; it must begin with http"),
+        (["--url", "http://x", "--images", "here"], "--images is 'here'"),
+        (["--url", "http://x", "--kinds", "colour"], "kinds must be of .*'colour'"),
+        (["--url", "http://x", "--withheld", "cat"], "'cat', of which no photo has a pseudo-labelled mask"),
+    ],
+)
+def test_a_mistake_is_named(data, flags, problem):
+    with pytest.raises(UsageError, match=problem):
+        train_command.run_eval([str(data), *flags])
+
+
+def test_data_that_is_none_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"DATA is '.*set\.txt'; it must be a \.jsonl file"):
+        train_command.run_eval([str(tmp_path / "set.txt"), "--url", "http://x"])
+    with pytest.raises(UsageError, match=r"set\.jsonl: cannot be read"):
+        train_command.run_eval([str(tmp_path / "set.jsonl"), "--url", "http://x"])
+
+
+def test_a_server_that_is_not_there_is_named(data):
+    with pytest.raises(RelayServingError, match=r"http://127\.0\.0\.1:9/v1/models does not answer"):
+        train_command.run_eval([str(data), "--url", "http://127.0.0.1:9"])
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])
+def test_a_number_that_is_none_is_refused(data, value, capsys):
+    with pytest.raises(SystemExit):
+        train_command.run_eval([str(data), "--url", "http://x", "--limit", value])
+    assert value in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_start_is_told(data):
+    with pytest.raises(EngineStartError, match="ended with status 2 before it was ready"):
+        train_command.run_eval([str(data), "--model", "./no-such-model"])
+
+
+# ---------------------------------------------------------------- the real server
+
+
+@pytest.mark.e2e
+def test_a_real_server_is_evaluated(data, segmenting_server, tmp_path):
+    words = [str(data), "--url", segmenting_server.url, "--grid", str(GRID), "--multi-class"]
+    assert train_command.run_eval([*words, "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["model"] == "tiny-llava"
+    assert dict(report["statuses"]) == {"complete": 6}
+    assert report["mean_iou"] is not None
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_server_is_started_for_a_model(data, tiny_llava, capsys):
+    flags = ["--grid", str(GRID), "--limit", "1", "--serve-flags", *TINY_FLAGS]
+    assert train_command.run_eval([str(data), "--model", str(tiny_llava), *flags]) == 0
+    assert "1 photos, 3 questions" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- train
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--model", "m", "--output", "o", "--images", "here"], "--images is 'here'"),
+        (["--model", "m", "--output", "o", "--withheld", "cat"], "'cat', of which no photo has a pseudo-labelled mask"),
+        (["--model", "m", "--output", "o", "--seed", "-1"], "seed must not be negative, got -1"),
+        (["--model", "m", "--output", "o", "--dropout", "1"], "dropout must be at least 0 and below 1, got 1"),
+        (["--model", "m", "--output", "o", "--absent", "-2"], "num_absent must not be negative, got -2"),
+    ],
+)
+def test_a_mistake_in_training_is_named(data, flags, problem):
+    with pytest.raises(UsageError, match=problem):
+        train_command.run_train([str(data), *flags])
+
+
+def test_training_names_what_it_needs(data, capsys):
+    with pytest.raises(SystemExit):
+        train_command.run_train([str(data)])
+    assert "--model, --output" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_and_gone_on_with(data, tiny_llava, tmp_path, capsys):
+    pytest.importorskip("peft", reason="needs the extra `train`")
+    output = tmp_path / "run"
+    flags = ["--model", str(tiny_llava), "--grid", str(GRID), "--rank", "2", "--alpha", "4", "--precision", "float32"]
+    words = [str(data), "--output", str(output), *flags, "--photos-per-step", "1", "--steps", "2", "--absent", "1"]
+    assert train_command.run_train(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"vllm-relay serve {output / 'adapter'}"
+    settings = json.loads((output / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (2, 4)
+    steps = (output / "log.jsonl").read_text().splitlines()
+    assert len(steps) == 2
+    assert train_command.run_train(words) == 0
+    assert (output / "log.jsonl").read_text().splitlines() == steps
