@@ -11,25 +11,41 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-from relay_serving import convert_command, embedded_model, known_checkpoints, plugin_names, preflight, relay_flags
+from relay_serving import (
+    convert_command,
+    embedded_model,
+    known_checkpoints,
+    plugin_names,
+    preflight,
+    relay_flags,
+    train_command,
+    trained_adapters,
+)
 from relay_serving.errors import RelayServingError, UsageError
 from relay_serving.settings import KILL_SWITCH, cache_folder
 from relay_serving.start_defaults import compile_cache_environment
 from relay_serving.supervisor import supervise
+
+TRAINED_SUFFIX = ".safetensors"  # of a file of weights that the recipe wrote for relay-seg-tiny
 
 _HELP = """\
 usage: vllm-relay [--version] COMMAND ...
 
 A vLLM server in which requests that share a prompt share its attention.
 
-  serve [MODEL] [FLAGS]     serve MODEL, or the embedded SmolLM2-135M-Instruct; takes every flag of `vllm serve`
-  prepare                   fetch and convert the embedded model, and print its folder
+  serve [MODEL] [FLAGS]     serve MODEL, or an embedded one; takes every flag of `vllm serve`
+  prepare [NAME]            fetch an embedded model and put it together, and print its folder
   bench ...                 measure relay against stock vLLM
   convert text4seg SRC DST  make published segmentation checkpoints servable
+  train text4seg DATA ...   fine-tune a model on your masks
+  eval text4seg DATA ...    how well a model segments
+
+Embedded: smollm2-135m-instruct, which chats.
 
   vllm-relay serve --help       relay's flags and vLLM's groups of flags
   vllm-relay serve --help=all   every flag
@@ -56,33 +72,62 @@ def _dispatch(words: list[str]) -> int:
     if command == "bench":
         return bench(words)
     if command == "convert":
-        return convert(rest)
+        return convert_command.run(_text4seg(command, rest))
+    if command == "train":
+        return train_command.run_train(_text4seg(command, rest))
+    if command == "eval":
+        return train_command.run_eval(_text4seg(command, rest))
     if command in ("--version", "-V"):
         print(f"vllm-relay {version('vllm-relay')}")
         return 0
     if command in ("--help", "-h", "help"):
         print(_HELP, end="")
         return 0
-    raise UsageError(f"unknown command {command!r}; it must be serve, prepare, bench or convert")
+    raise UsageError(f"unknown command {command!r}; it must be serve, prepare, bench, convert, train or eval")
 
 
 def serve(words: list[str]) -> int:
     _check_vllm_is_installed()
-    environment = engine_environment(words, read_config_file(words))
+    config = read_config_file(words)
+    environment = engine_environment(words, config)
     if any(word in ("-h", "--help") or word.startswith("--help=") for word in words):
         return _show_help(words, environment)
-    if words and not words[0].startswith("-"):
-        preflight.check_model(words[0])
-        words = known_checkpoints.servable(words)
-    elif not names_a_model(words):
-        words = [str(_prepare_unless_stopped()), *words]
-    return supervise(["serve", *words], environment, cache_folder() / "logs")
+    return supervise(["serve", *_with_model(words, config)], environment, cache_folder() / "logs")
+
+
+def _with_model(words: list[str], config: Mapping[str, Any]) -> list[str]:
+    """The same with a model first that vLLM serves: made ready here, where it is one of ours, or none is named."""
+    if not words or words[0].startswith("-"):
+        if names_a_model(words):
+            return words
+        default = default_model(relay_flags.relay_is_on(words, config))
+        return [_unless_stopped(embedded_model.prepare, default), *words]
+    model, *rest = words
+    if model in embedded_model.FOLDERS and not os.path.exists(model):
+        return [_unless_stopped(embedded_model.prepare, model), *rest]
+    if model.endswith(TRAINED_SUFFIX) and os.path.isfile(model):
+        name = [] if _is_given(rest, "--served-model-name") else ["--served-model-name", Path(model).stem]
+        return [_unless_stopped(embedded_model.prepare_trained, Path(model)), *rest, *name]
+    preflight.check_model(model)
+    return known_checkpoints.servable(trained_adapters.servable(words))
+
+
+def default_model(relay_is_on: bool) -> str:
+    """What is served where no model is named. Of the embedded models stock vLLM knows SmolLM2 alone."""
+    if relay_is_on or embedded_model.DEFAULT == embedded_model.SMOLLM2:
+        return embedded_model.DEFAULT
+    print(
+        f"vllm-relay: without relay vLLM does not know {embedded_model.DEFAULT}: serving {embedded_model.SMOLLM2}",
+        file=sys.stderr,
+    )
+    return embedded_model.SMOLLM2
 
 
 def prepare(words: list[str]) -> int:
-    if words:
-        raise UsageError(f"prepare takes no arguments, got {' '.join(words)!r}")
-    print(_prepare_unless_stopped())
+    names = list(embedded_model.FOLDERS)
+    if len(words) > 1 or any(word not in names for word in words):
+        raise UsageError(f"prepare takes one of {', '.join(names)}, or nothing, got {' '.join(words)!r}")
+    print(_unless_stopped(embedded_model.prepare, words[0] if words else embedded_model.DEFAULT))
     return 0
 
 
@@ -97,10 +142,11 @@ def bench(words: list[str]) -> int:
     return int(benchmarks.run(parser.parse_args(words)) or 0)
 
 
-def convert(words: list[str]) -> int:
+def _text4seg(command: str, words: list[str]) -> list[str]:
+    """The words behind the one recipe there is."""
     if not words or words[0] != "text4seg":
-        raise UsageError(f"convert knows text4seg, got {words[0] if words else 'nothing'!r}")
-    return convert_command.run(words[1:])
+        raise UsageError(f"{command} knows text4seg, got {words[0] if words else 'nothing'!r}")
+    return words[1:]
 
 
 def engine_environment(words: Sequence[str], config: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -119,7 +165,7 @@ def names_a_model(words: Sequence[str]) -> bool:
     """vLLM takes a model as the first word, as --model, or from the --config file, and nowhere else."""
     if words and not words[0].startswith("-"):
         return True
-    if any(word == "--model" or word.startswith("--model=") for word in words):
+    if _is_given(words, "--model"):
         return True
     config = read_config_file(words)
     return bool(config.get("model") or config.get("model_tag"))
@@ -149,7 +195,11 @@ def _show_help(words: list[str], environment: dict[str, str]) -> int:
     return subprocess.run(command, env={**environment, "VLLM_LOGGING_LEVEL": "ERROR"}, pass_fds=(write,)).returncode
 
 
-def _prepare_unless_stopped() -> str:
+def _is_given(words: Sequence[str], flag: str) -> bool:
+    return any(word == flag or word.startswith(f"{flag}=") for word in words)
+
+
+def _unless_stopped(prepare_model: Callable[[Any], Path], model: object) -> str:
     """SIGTERM ends the download and the conversion as Ctrl-C does, rather than leaving them behind."""
     import signal
     import types
@@ -159,7 +209,7 @@ def _prepare_unless_stopped() -> str:
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return str(embedded_model.prepare())
+        return str(prepare_model(model))
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -121,12 +121,16 @@ def _settle(args: argparse.Namespace, status: Status) -> RelaySettings:
     if on_cpu:
         preflight.check_library(preflight.CPU_LIBRARY)
     settings = settle_relay(args)
+    embedded = embedded_model.name_of(args.model_tag)
     if settings.enabled:
         _check_relay(status)
-    embedded = args.model_tag == str(embedded_model.folder())
+    elif embedded == embedded_model.RELAY_SEG:
+        raise UsageError(
+            f"without relay vLLM does not know {embedded}: serve {embedded_model.SMOLLM2}, or leave relay on"
+        )
     chosen = start_defaults.apply(
         args,
-        embedded_name=embedded_model.SERVED_NAME if embedded else None,
+        embedded_name=embedded,
         on_cpu=on_cpu,
         available_bytes=start_defaults.available_memory(),
         segments=settings.enabled and _segments(settings, args.model_tag),
@@ -184,7 +188,7 @@ def _listening(args: argparse.Namespace, settings: RelaySettings) -> dict[str, A
         "tls": bool(args.ssl_keyfile and args.ssl_certfile),
         "unix_socket": args.uds,
         "model": (names[0] if isinstance(names, list) else names) or args.model_tag or args.model,
-        "chats": args.model_tag == str(embedded_model.folder()),
+        "chats": embedded_model.name_of(args.model_tag) is not None,
         "needs_key": bool(args.api_key or os.environ.get("VLLM_API_KEY")),
         "relay": "on" if settings.enabled else "off",
         "shutdown_timeout": float(getattr(args, "shutdown_timeout", 0) or 0),

@@ -4,13 +4,14 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay_serving import cli, engine_process, plugin_names, preflight, relay_flags, start_defaults
+from relay_serving import cli, embedded_model, engine_process, plugin_names, preflight, relay_flags, start_defaults
 from relay_serving.errors import (
     ModelNotFoundError,
     PortUnavailableError,
@@ -313,6 +314,43 @@ def test_a_config_file_may_name_the_model(tmp_path):
         cli.names_a_model(["--config", str(tmp_path / "absent.yaml")])
 
 
+def served(words, monkeypatch):
+    """The words that the engine is started with, and the embedded model that was prepared for them."""
+    prepared, started = [], []
+    monkeypatch.setattr(embedded_model, "prepare", lambda name: prepared.append(name) or f"/cache/{name}")
+    monkeypatch.setattr(cli, "supervise", lambda words, environment, logs: started.append(words) or 0)
+    assert cli.serve(words) == 0
+    return started[0], prepared
+
+
+@pytest.mark.parametrize("name", embedded_model.FOLDERS)
+def test_an_embedded_model_is_served_by_its_name(name, monkeypatch, tmp_path):
+    words, prepared = served([name, "--port", "1"], monkeypatch)
+    assert (words, prepared) == (["serve", f"/cache/{name}", "--port", "1"], [name])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert served([name], monkeypatch) == (["serve", name], []), "a folder of that name is somebody's own"
+
+
+def test_weights_of_the_users_own_training_are_served_under_the_name_of_their_file(monkeypatch, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    file.touch()
+    monkeypatch.setattr(embedded_model, "prepare_trained", lambda path: Path("/cache", path.name))
+    words, _ = served([str(file), "--port", "1"], monkeypatch)
+    assert words == ["serve", "/cache/mine.safetensors", "--port", "1", "--served-model-name", "mine"]
+    words, _ = served([str(file), "--served-model-name=x"], monkeypatch)
+    assert words == ["serve", "/cache/mine.safetensors", "--served-model-name=x"]
+
+
+def test_without_relay_the_default_is_what_stock_vllm_knows(monkeypatch, capsys):
+    monkeypatch.setattr(embedded_model, "DEFAULT", embedded_model.RELAY_SEG)
+    assert served([], monkeypatch)[1] == ["relay-seg-tiny"]
+    assert served(["--no-relay"], monkeypatch)[1] == ["smollm2-135m-instruct"]
+    assert "without relay vLLM does not know relay-seg-tiny" in capsys.readouterr().err
+    monkeypatch.setenv("VLLM_RELAY", "0")
+    assert served([], monkeypatch)[1] == ["smollm2-135m-instruct"]
+
+
 @pytest.mark.parametrize("model", ["/no/such/folder", "./gone", "a/b/c"])
 def test_a_path_that_is_not_there_is_refused_before_the_engine_starts(model):
     with pytest.raises(ModelNotFoundError, match="no model folder at"):
@@ -382,8 +420,12 @@ def test_the_greeting_shows_the_url_and_a_curl_that_a_shell_understands():
     [
         (["--version"], 0, "vllm-relay 0."),
         ([], 0, "serve [MODEL] [FLAGS]"),
-        (["swerve"], 2, "vllm-relay: error: unknown command 'swerve'; it must be serve, prepare, bench or convert"),
-        (["prepare", "now"], 2, "vllm-relay: error: prepare takes no arguments"),
+        (
+            ["swerve"],
+            2,
+            "vllm-relay: error: unknown command 'swerve'; it must be serve, prepare, bench, convert, train",
+        ),
+        (["prepare", "now"], 2, "vllm-relay: error: prepare takes one of relay-seg-tiny, smollm2-135m-instruct, or"),
     ],
 )
 def test_commands_answer_without_importing_the_engine(words, status, text):

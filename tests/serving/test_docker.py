@@ -25,6 +25,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from relay_serving import embedded_model
+
 ROOT = Path(__file__).parents[2]
 TARGETS = ("cpu", "cuda")
 
@@ -265,7 +267,7 @@ class RunningContainer:
             return response.status, response.read().decode()
 
     def chat(self, *messages: tuple[str, str]) -> str:
-        body = {"model": "smollm2-135m-instruct", "max_tokens": 16, "temperature": 0}
+        body = {"model": embedded_model.DEFAULT, "max_tokens": 16, "temperature": 0}
         body["messages"] = [{"role": role, "content": content} for role, content in messages]
         request = urllib.request.Request(
             f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -14,6 +14,8 @@ from urllib.error import HTTPError
 import openai
 import pytest
 
+from relay_serving import embedded_model
+
 pytestmark = pytest.mark.e2e
 
 
@@ -26,9 +28,9 @@ class RelayServer(Protocol):
 
 StartServer = Callable[..., AbstractContextManager[RelayServer]]
 
-MODEL = "smollm2-135m-instruct"
+MODEL = embedded_model.DEFAULT
 KEY = "a-secret-key"
-# About 330 tokens: two full blocks of 128.
+# About 330 tokens: two full blocks of 128, ten of 32.
 SYSTEM = "You are a careful assistant. " + "Answer briefly, name your sources, and never invent a number. " * 24
 
 
@@ -225,7 +227,9 @@ def test_every_default_serves(start_server: StartServer, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_the_kill_switch_serves_stock(start_server: StartServer, tmp_path: Path) -> None:
     with start_server(tmp_path / "stock.log", "--no_relay", "--enforce-eager", "--max-model-len", "1024") as server:
-        client_of(server).completions.create(model=MODEL, prompt=[SYSTEM + "A", SYSTEM + "B"], max_tokens=4)
+        (model,) = client_of(server).models.list()
+        assert model.id == embedded_model.SMOLLM2, "stock vLLM knows no other of the embedded models"
+        client_of(server).completions.create(model=model.id, prompt=[SYSTEM + "A", SYSTEM + "B"], max_tokens=4)
         assert metrics(server) == {}
         assert "RelayAttention" not in server.log
         assert "relay off" in server.log

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from relay_serving import embedded_model
+
 pytestmark = pytest.mark.e2e
 
 COMMAND = [sys.executable, "-m", "relay_serving", "serve"]
@@ -84,7 +86,7 @@ def test_a_wrong_setting_of_ours(make_environment):
 def test_a_prompt_over_the_context_is_a_400(relay_server):
     import httpx
 
-    body = {"model": "smollm2-135m-instruct", "prompt": "word " * 9000, "max_tokens": 1}
+    body = {"model": embedded_model.DEFAULT, "prompt": "word " * 9000, "max_tokens": 1}
     response = httpx.post(f"{relay_server.url}/v1/completions", json=body, timeout=60)
     assert response.status_code == 400
     assert "8192" in response.json()["error"]["message"]

@@ -1,5 +1,7 @@
 """Entry point of the group ``vllm.general_plugins``: puts relay's attention backend in the place of vLLM's.
 
+And makes our own model class known, of which nothing is imported before such a model is served.
+
 vLLM calls `register` in every one of its processes, sometimes twice. Without being asked for by name it does nothing:
 vLLM loads every plugin it finds when VLLM_PLUGINS is unset, and installing a package must not change a plain
 ``vllm serve``.
@@ -15,6 +17,9 @@ from relay_serving.settings import CpuKernel, RelaySettings
 from relay_serving.vllm_plugin import aot_load_repair
 
 BACKEND_PATH = "relay_serving.vllm_plugin.attention_backend.RelayCPUBackend"
+MODEL_PATHS = {
+    "RelaySegForConditionalGeneration": "relay_serving.vllm_plugin.relay_seg:RelaySegForConditionalGeneration"
+}
 
 logger = logging.getLogger("vllm.relay")
 
@@ -26,7 +31,7 @@ def is_asked_for() -> bool:
 
 
 def register() -> None:
-    """Override vLLM's CPU attention backend in this process, if relay is asked for."""
+    """Override vLLM's CPU attention backend in this process and add our model class, if relay is asked for."""
     if not is_asked_for():
         return
     if RelaySettings.from_environment().cpu_kernel == CpuKernel.TRITON:
@@ -36,6 +41,7 @@ def register() -> None:
     from relay_serving.vllm_plugin.counters import run_id
 
     run_id()  # made before vLLM starts its other processes, which inherit it
+    _register_models()
     if not current_platform.is_cpu():
         logger.warning(
             "RelayAttention has no kernels for platform %r in this release: vLLM's own attention serves every layer.",
@@ -46,3 +52,15 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)
+
+
+def _register_models() -> None:
+    """By name: the class is imported where such a model is loaded. Configs are known to transformers by their type."""
+    from transformers import AutoConfig
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from relay_models.relay_seg.configuration import RelaySegConfig
+
+    for architecture, path in MODEL_PATHS.items():
+        ModelRegistry.register_model(architecture, path)
+    AutoConfig.register(RelaySegConfig.model_type, RelaySegConfig, exist_ok=True)

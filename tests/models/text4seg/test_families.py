@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,12 +50,14 @@ DEEPSEEK_VL2 = {
     "vision_config": {"patch_size": 14, "image_size": 384},
     "projector_config": {"downsample_ratio": 2},
 }
+RELAY_SEG = {"architectures": ["RelaySegForConditionalGeneration"], "model_type": "relay_seg"}
 CONFIGS = {
     "llava15": LLAVA,
     "internvl2": INTERNVL2,
     "qwen2_vl": QWEN2_VL,
     "qwen2_5_vl": QWEN2_5_VL,
     "deepseek_vl2": DEEPSEEK_VL2,
+    "relay_seg": RELAY_SEG,
 }
 SHAPES = [(640, 480), (33, 500), (1, 1), (2000, 100), (448, 448)]
 
@@ -155,6 +158,9 @@ def test_a_family_is_added_by_one_file(tmp_path, monkeypatch):
         ("deepseek_vl2", {"candidate_resolutions": 384}, "candidate_resolutions"),
         ("deepseek_vl2", {"candidate_resolutions": [["x", 1]]}, "candidate_resolutions"),
         ("deepseek_vl2", {"candidate_resolutions": [[-1, -1]]}, "candidate_resolutions"),
+        ("relay_seg", {"image_side": 0}, "image_side"),
+        ("relay_seg", {"grid": 129}, "grid"),
+        ("relay_seg", {"text4seg": {"grid": 0}}, "grid"),
     ],
 )
 def test_an_impossible_config_is_refused_by_name(name, change, field):
@@ -364,6 +370,10 @@ PUBLISHED_PROMPTS = {
         "<|vision_start|><|image_pad|><|vision_end|>Where?<|im_end|>\n<|im_start|>assistant\n"
     ),
     "deepseek_vl2": "<|User|>: <image>\nWhere?\n\n<|Assistant|>:",
+    "relay_seg": (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\n<image>\nWhere?<|im_end|>\n<|im_start|>assistant\n"
+    ),
 }
 VICUNA_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -400,7 +410,7 @@ def test_the_chat_template_says_what_the_prompt_says(name):
     family = family_of(LLAVA, "lmc22/text4seg-llava-7b-p24") if name == "vicuna" else family_named(name)
     bos = "<BOS>" if family.conversation.begins_text else ""
     assert rendered(family, [asked("Where?")]) == bos + family.prompt("Where?")
-    assert bool(bos) == (name not in ("qwen2_vl", "qwen2_5_vl"))
+    assert bool(bos) == (name not in ("qwen2_vl", "qwen2_5_vl", "relay_seg"))
 
 
 def test_turns_follow_one_another_as_in_training():
@@ -433,6 +443,44 @@ def test_a_message_may_hold_several_pictures_and_a_caller_his_own_system():
     )
 
 
+# The template that SmolLM2-135M-Instruct was published with.
+SMOLLM2_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
+    "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize(
+    "chat",
+    [
+        [("user", "Hi {{ there }}\n")],
+        [("system", ""), ("user", " a "), ("assistant", "\nb\n"), ("tool", "c"), ("system", "d"), ("user", "e")],
+        [("tool", "c"), ("user", "d")],
+    ],
+)
+def test_a_chat_without_pictures_is_smollm2s(chat, goes_on):
+    messages = [{"role": role, "content": content} for role, content in chat]
+    base = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(SMOLLM2_TEMPLATE)
+    said = base.render(messages=messages, add_generation_prompt=goes_on)
+    family = family_named("relay_seg")
+    assert rendered(family, messages, add_generation_prompt=goes_on) == said
+    in_parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+    assert rendered(family, in_parts, add_generation_prompt=goes_on) == said
+
+
+def test_smollm2s_pictures_come_before_the_texts_of_their_message():
+    parts = [
+        {"type": kind, **({"text": kind} if kind == "text" else {})} for kind in ("text", "image", "text", "image")
+    ]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    assert rendered(family_named("relay_seg"), chat, add_generation_prompt=False).endswith(
+        "<|im_start|>user\n<image>\n<image>\ntext\ntext<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    )
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_vllm_hands_the_template_lists_of_parts(name):
     """A template it took for one of strings would get the pictures put into the text by vLLM's own rule."""
@@ -461,14 +509,63 @@ def test_text_with_a_meaning_of_its_own_is_refused(name):
 def test_architectures_are_vllms():
     from vllm.model_executor.models.registry import ModelRegistry
 
-    names = {family_named(name).architecture for name in CONFIGS}
+    names = {family_named(name).architecture for name in CONFIGS if name != "relay_seg"}
     assert names <= set(ModelRegistry.get_supported_archs())
     assert len(names) == 5
 
 
-def test_importing_the_families_is_light():
-    import subprocess
+KNOWS_OUR_MODEL = """
+import sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from transformers import AutoConfig
+from vllm.model_executor.models.interfaces import supports_multimodal
+from vllm.model_executor.models.registry import ModelRegistry
+model = ModelRegistry.models.get(sys.argv[1])
+assert "relay_serving.vllm_plugin.relay_seg" not in sys.modules, "it is imported where it is served"
+if model is not None:
+    assert supports_multimodal(model.load_model_cls())
+    assert AutoConfig.for_model("relay_seg").grid == 16
+print("known" if model is not None else "unknown")
+"""
 
+
+@pytest.mark.parametrize(("plugins", "is_known"), [("relay", True), ("", False)])
+def test_our_own_architecture_is_known_to_vllm_where_relay_is_asked_for(plugins, is_known, make_environment):
+    command = [sys.executable, "-c", KNOWS_OUR_MODEL, family_named("relay_seg").architecture]
+    environment = make_environment(VLLM_PLUGINS=plugins)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == ("known" if is_known else "unknown")
+
+
+def test_relay_segs_processing_leaves_the_square_alone():
+    from relay_models.relay_seg.configuration import IMAGE_TOKEN, RelaySegConfig
+    from relay_models.relay_seg.encoder import MEAN_RGB, STD_RGB
+    from relay_models.relay_seg.processing import pixel_values_of
+
+    family, config = family_named("relay_seg"), RelaySegConfig()
+    assert (family.grid, family.image_side, family.num_image_tokens) == (16, 512, 256)
+    assert (config.grid, config.image_side, config.num_image_tokens) == (16, 512, 256)
+    assert IMAGE_TOKEN in family.conversation.image
+    pictures = [photo(*shape) for shape in SHAPES]
+    pixels_N3HW = pixel_values_of(pictures, config.image_side).numpy()
+    for picture, pixels_3HW in zip(pictures, pixels_N3HW, strict=True):
+        np.testing.assert_allclose(pixels_3HW, normalised(family.squash(picture), MEAN_RGB, STD_RGB), atol=1e-5)
+        np.testing.assert_array_equal(pixel_values_of([family.squash(picture)], 512)[0], pixels_3HW)
+
+
+@pytest.mark.parametrize("image", [np.zeros((8, 8, 3), dtype=np.uint8), Image.new("RGBA", (8, 8))])
+def test_relay_seg_takes_upright_rgb_pictures_and_nothing_else(image):
+    from relay_models.relay_seg.processing import pixel_values_of
+
+    with pytest.raises(
+        ImageError, match=r"images\[1\] must be a PIL picture, got ndarray|must have mode RGB, got RGBA"
+    ):
+        pixel_values_of([photo(8, 8), image], 512)
+
+
+def test_importing_the_families_is_light():
     program = (
         "from relay_models.text4seg.families.registry import family_of; import sys; family_of({});"
         "assert not {'torch', 'transformers', 'vllm', 'PIL', 'numpy'} & set(sys.modules), sys.modules"

@@ -1,0 +1,220 @@
+"""From SmolLM2, the image encoder and one small file of ours to a folder that Hugging Face's and vLLM's classes load.
+
+    check the hashes → merge the LoRA → name the tensors → tokenizer, chat template, configs → write
+
+The small file (safetensors) holds what was trained, and nothing else:
+
+    projector.NAME                         the projector, by the names of its module
+    language_model.MODULE.lora_A.weight    [rank, in]: half of a change to MODULE
+    language_model.MODULE.lora_B.weight    [out, rank]: the other half
+    metadata ``relay_seg``                 JSON: ``lora_alpha``, and what differs from the defaults of `RelaySegConfig`
+
+Promises: a base or an encoder that is not the pinned one is refused before anything is written, because the small file
+says nothing without them; every tensor of it is used, or refused by name; the folder's tokenizer differs from the
+base's in one word, the special token that stands for a picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relay_models.errors import CheckpointError
+from relay_models.relay_seg.configuration import IMAGE_TOKEN, IMAGE_TOKEN_ID, RelaySegConfig
+from relay_models.relay_seg.encoder import read_checkpoint
+from relay_models.relay_seg.modeling import RelaySegForConditionalGeneration
+from relay_models.text4seg.checkpoint_files import open_weights, read_json
+from relay_models.text4seg.families.relay_seg import CONVERSATION
+
+# Of the folder that `vllm-relay prepare smollm2-135m-instruct` makes.
+BASE_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+METADATA_KEY = "relay_seg"
+MAX_RANK = 32
+ALPHA = "lora_alpha"
+UNUSED_TOKEN = "<empty_output>"  # of the base, at IMAGE_TOKEN_ID
+
+_ENCODER, _PROJECTOR, _LANGUAGE_MODEL = "encoder.", "projector.", "language_model."
+_HALVES = (".lora_A.weight", ".lora_B.weight")
+
+
+def assemble(base: Path, encoder: Path, weights: Path, target: Path) -> None:
+    """Write the folder ``target``.
+
+    Args:
+        base: SmolLM2-135M-Instruct's folder.
+        encoder: the checkpoint of EfficientNet-Lite0.
+        weights: the file of what was trained, see above.
+        target: a folder that does not exist.
+
+    Raises:
+        CheckpointError: one of the three is not what it has to be; nothing is written then.
+    """
+    if target.exists():
+        raise CheckpointError(f"target {target} exists already: name a folder that does not")
+    check_base(base)
+    encoder_tensors = read_checkpoint(encoder)
+    settings, trained = read_trained(weights)
+    config = _config(settings, base, weights)
+    tensors = _merged_base(base, trained, settings, weights)
+    tensors |= {name: tensor for name, tensor in trained.items() if name.startswith(_PROJECTOR)}
+    tensors |= {f"{_ENCODER}{name}": tensor for name, tensor in encoder_tensors.items()}
+    _check_names_and_shapes(tensors, config, weights)
+    tokenizer = renamed_image_token(read_json(base / "tokenizer.json"))
+    copies = {name: read_json(base / name) for name in ("tokenizer_config.json", "generation_config.json")}
+
+    from safetensors.torch import save_file
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
+        folder = Path(work) / "assembled"
+        folder.mkdir()
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        for name, content in {"tokenizer.json": tokenizer, **copies}.items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(CONVERSATION.chat_template(), encoding="utf-8")
+        os.replace(folder, target)
+
+
+def check_base(base: Path) -> None:
+    """Raises CheckpointError unless the weights in the folder ``base`` are the pinned ones."""
+    file = base / "model.safetensors"
+    try:
+        with file.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"the base's weights {file} cannot be read: {error.strerror}") from error
+    if found != BASE_SHA256:
+        raise CheckpointError(
+            f"base {file} has SHA-256 {found}, expected {BASE_SHA256}: what was trained changes SmolLM2-135M-Instruct "
+            "as vllm-relay prepares it, and no other model"
+        )
+
+
+def save_trained(file: Path, tensors: Mapping[str, Tensor], *, lora_alpha: float, **settings: Any) -> None:
+    """Write the small file, in bfloat16. ``settings`` are fields of `RelaySegConfig`."""
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt", METADATA_KEY: json.dumps({ALPHA: lora_alpha, **settings})}
+    save_file({name: t.detach().to(torch.bfloat16).contiguous() for name, t in tensors.items()}, file, metadata)
+    file.chmod(0o644)  # safetensors writes 0600
+
+
+def read_trained(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The settings and the tensors of the small file. Raises CheckpointError for a file of another kind."""
+    from safetensors import SafetensorError, safe_open
+
+    with open_weights(file) as opened:  # says what is wrong with a file that is none
+        tensors = {name: opened.read(name) for name in opened.names()}
+    try:
+        with safe_open(file, framework="pt") as stored:
+            settings = json.loads((stored.metadata() or {})[METADATA_KEY])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{file} holds no settings of relay-seg under {METADATA_KEY!r}: {error}") from error
+    alpha = settings.get(ALPHA) if isinstance(settings, dict) else None
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise CheckpointError(f"{ALPHA} in {file} must be a number, got {alpha!r}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise CheckpointError(f"{name} in {file} must hold finite numbers")
+    return settings, tensors
+
+
+def renamed_image_token(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """The base's tokenizer.json with `IMAGE_TOKEN` in the place of a special token that no chat uses.
+
+    Raises CheckpointError where that token is not there.
+    """
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    added = [token for token in tokenizer.get("added_tokens", []) if token.get("id") == IMAGE_TOKEN_ID]
+    if vocabulary.get(UNUSED_TOKEN) != IMAGE_TOKEN_ID or [token["content"] for token in added] != [UNUSED_TOKEN]:
+        raise CheckpointError(f"the base's tokenizer.json has no special token {UNUSED_TOKEN} at {IMAGE_TOKEN_ID}")
+    renamed = {IMAGE_TOKEN if word == UNUSED_TOKEN else word: number for word, number in vocabulary.items()}
+    tokens = [token | {"content": IMAGE_TOKEN} if token in added else token for token in tokenizer["added_tokens"]]
+    return tokenizer | {"model": tokenizer["model"] | {"vocab": renamed}, "added_tokens": tokens}
+
+
+def _config(settings: Mapping[str, Any], base: Path, weights: Path) -> RelaySegConfig:
+    text = read_json(base / "config.json")
+    fields = {name: value for name, value in settings.items() if name != ALPHA}
+    unknown = sorted(fields.keys() - set(RelaySegConfig().to_dict()))
+    if unknown:
+        raise CheckpointError(f"{weights} has settings that relay-seg does not know: {', '.join(unknown)}")
+    return RelaySegConfig(
+        text_config={**text, "architectures": ["LlamaForCausalLM"]},
+        architectures=[RelaySegForConditionalGeneration.__name__],
+        dtype="bfloat16",
+        bos_token_id=text["bos_token_id"],
+        eos_token_id=text["eos_token_id"],
+        pad_token_id=text["pad_token_id"],
+        **fields,
+    )
+
+
+def _merged_base(
+    base: Path, trained: Mapping[str, Tensor], settings: Mapping[str, Any], weights: Path
+) -> dict[str, Tensor]:
+    """The base's tensors by the names of the target, changed by the LoRA; computed in float32, rounded once."""
+    deltas = _deltas(trained, settings[ALPHA], weights)
+    merged = {}
+    with open_weights(base / "model.safetensors") as opened:
+        for name in opened.names():
+            tensor = opened.read(name)
+            delta = deltas.pop(f"{_LANGUAGE_MODEL}{name}", None)
+            if delta is not None:
+                if delta.shape != tensor.shape:
+                    shapes = f"{list(delta.shape)}, expected {list(tensor.shape)}"
+                    raise CheckpointError(f"the change to {name} in {weights} has shape {shapes}")
+                tensor = (tensor.float() + delta).to(tensor.dtype)
+            merged[f"{_LANGUAGE_MODEL}{name}"] = tensor
+    if deltas:
+        raise CheckpointError(f"{sorted(deltas)[0]} is changed by {weights}, but the base has no such tensor")
+    return merged
+
+
+def _deltas(trained: Mapping[str, Tensor], alpha: float, weights: Path) -> dict[str, Tensor]:
+    """By the weight they change: alpha / rank * up @ down (arXiv 2106.09685, equation 3)."""
+    deltas = {}
+    down_name, up_name = _HALVES
+    for name, tensor in trained.items():
+        if name.startswith(_PROJECTOR):
+            continue
+        half = next((half for half in _HALVES if name.startswith(_LANGUAGE_MODEL) and name.endswith(half)), None)
+        if half is None:
+            raise CheckpointError(f"{name} in {weights} is neither of the projector nor half of a change")
+        module = name.removesuffix(half)
+        down, up = trained.get(f"{module}{down_name}"), trained.get(f"{module}{up_name}")
+        if down is None or up is None:
+            raise CheckpointError(f"{name} in {weights} is half of a change, the other half is missing")
+        if down.dim() != 2 or up.dim() != 2 or not 1 <= len(down) == up.shape[1] <= MAX_RANK:
+            raise CheckpointError(
+                f"the halves of {module} in {weights} have shapes {list(down.shape)} and {list(up.shape)}, expected "
+                f"[rank, in] and [out, rank] with a rank of at most {MAX_RANK}"
+            )
+        if tensor is down:
+            deltas[f"{module}.weight"] = alpha / len(down) * (up.float() @ down.float())
+    return deltas
+
+
+def _check_names_and_shapes(tensors: Mapping[str, Tensor], config: RelaySegConfig, weights: Path) -> None:
+    """Against an empty model of this config."""
+    with torch.device("meta"):
+        model: nn.Module = RelaySegForConditionalGeneration(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected.pop(f"{_LANGUAGE_MODEL}lm_head.weight")  # tied to the embeddings
+    for name in sorted(expected.keys() ^ tensors.keys()):
+        where = "missing from" if name in expected else "of no use to relay-seg, but in"
+        raise CheckpointError(f"{name} is {where} {weights}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise CheckpointError(f"{name} in {weights} has shape {list(tensors[name].shape)}, expected {list(shape)}")
