@@ -147,11 +147,13 @@ def test_what_is_not_what_was_pinned_is_refused(monkeypatch, name, download, pin
 
 @pytest.mark.usefixtures("cache")
 def test_weights_of_ours_that_are_others_or_absent_are_refused(monkeypatch, tmp_path):
+    (tmp_path / "others.safetensors").write_bytes(b"others")
+    monkeypatch.setattr(embedded_model, "WEIGHTS", tmp_path / "others.safetensors")
     monkeypatch.setattr(embedded_model, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(EmbeddedModelError, match=r"has SHA-256 [0-9a-f]{64}, expected 0{64}; install vllm-relay again"):
         embedded_model.prepare(embedded_model.RELAY_SEG)
     monkeypatch.setattr(embedded_model, "WEIGHTS", tmp_path / "absent.safetensors")
-    with pytest.raises(EmbeddedModelError, match=r"are not at .*absent\.safetensors: No such file .*; install"):
+    with pytest.raises(EmbeddedModelError, match=r"brings no weights of .*absent\.safetensors: No such file .*: serve smollm2"):
         embedded_model.prepare(embedded_model.RELAY_SEG)
     assert not embedded_model.folder(embedded_model.RELAY_SEG).exists()
 

@@ -200,6 +200,7 @@ def coarse_mask(result: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_a_server_refines_unless_a_request_says_none(client: httpx.Client) -> None:
     names = [f"thing {i}" for i in range(6)]
     refined, coarse = (results_of(client, expressions=names, **extra) for extra in ({}, {"refiner": "none"}))
@@ -216,6 +217,7 @@ def test_a_server_refines_unless_a_request_says_none(client: httpx.Client) -> No
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_refined_classes_do_not_overlap_and_are_those_of_the_label_map(client: httpx.Client) -> None:
     classes = ["sky", "grass", "zebra"]
     found = results_of(client, classes=classes)
@@ -230,6 +232,7 @@ def test_refined_classes_do_not_overlap_and_are_those_of_the_label_map(client: h
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_another_refiner_than_the_servers_is_refused(client: httpx.Client) -> None:
     answer = client.post(
         "/v1/segmentations",
@@ -241,6 +244,7 @@ def test_another_refiner_than_the_servers_is_refused(client: httpx.Client) -> No
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_a_dead_refiner_costs_no_mask(server: Any, client: httpx.Client) -> None:
     results_of(client, expressions=["the dog"])  # so that it is loaded
     (worker,) = workers(server.process.pid)
