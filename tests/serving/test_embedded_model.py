@@ -153,7 +153,7 @@ def test_weights_of_ours_that_are_others_or_absent_are_refused(monkeypatch, tmp_
     with pytest.raises(EmbeddedModelError, match=r"has SHA-256 [0-9a-f]{64}, expected 0{64}; install vllm-relay again"):
         embedded_model.prepare(embedded_model.RELAY_SEG)
     monkeypatch.setattr(embedded_model, "WEIGHTS", tmp_path / "absent.safetensors")
-    with pytest.raises(EmbeddedModelError, match=r"brings no weights of .*absent\.safetensors: No such file .*: serve smollm2"):
+    with pytest.raises(EmbeddedModelError, match=r"brings no weights of .*absent\.safetensors: No such file .*: serve"):
         embedded_model.prepare(embedded_model.RELAY_SEG)
     assert not embedded_model.folder(embedded_model.RELAY_SEG).exists()
 
