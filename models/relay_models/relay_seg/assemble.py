@@ -29,14 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from relay_models.errors import CheckpointError
-from relay_models.relay_seg.configuration import IMAGE_TOKEN, IMAGE_TOKEN_ID, RelaySegConfig
+from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID, RelaySegConfig
 from relay_models.relay_seg.encoder import read_checkpoint
 from relay_models.relay_seg.modeling import RelaySegForConditionalGeneration
+from relay_models.relay_seg.pins import BASE_SHA256
 from relay_models.text4seg.checkpoint_files import open_weights, read_json
-from relay_models.text4seg.families.relay_seg import CONVERSATION
+from relay_models.text4seg.families.relay_seg import CONVERSATION, IMAGE_TOKEN
 
-# Of the folder that `vllm-relay prepare smollm2-135m-instruct` makes.
-BASE_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 METADATA_KEY = "relay_seg"
 MAX_RANK = 32
 ALPHA = "lora_alpha"

@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-IMAGE_TOKEN = "<image>"
 IMAGE_TOKEN_ID = 16  # of SmolLM2's special tokens the last, which its training of chats did not use: <empty_output>
 
 

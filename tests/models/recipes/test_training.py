@@ -36,9 +36,9 @@ from relay_models.recipes.text4seg.training import (
 )
 from relay_models.recipes.text4seg.warmup import WarmupOptions, warm_up
 from relay_models.relay_seg.assemble import _deltas, read_trained
-from relay_models.relay_seg.configuration import IMAGE_TOKEN, IMAGE_TOKEN_ID
+from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.relay_seg.projector import Projector, ProjectorSizes
-from relay_models.text4seg.families.relay_seg import CONVERSATION
+from relay_models.text4seg.families.relay_seg import CONVERSATION, IMAGE_TOKEN
 
 GRID = 4
 CLASSES = ("circle", "square")

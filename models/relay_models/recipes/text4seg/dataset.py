@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 
-from relay_models.errors import ImageError, LabelError, RelayModelsError
+from relay_models.errors import DatasetError, ImageError, LabelError, RelayModelsError
 from relay_models.images import ImageLimits, open_image
 from relay_models.masks import AnyMask, BoolMask, coco_rle, from_coco_rle
 from relay_models.text4seg.labels import BACKGROUND, check_label, match_key
@@ -47,10 +47,6 @@ _PNG_BIT_DEPTH, _PNG_COLOUR_TYPE = 24, 25  # where a PNG's header says so
 _PNG_COLOUR_TYPES_WITH_ALPHA = (4, 6)
 
 Value = TypeVar("Value")
-
-
-class DatasetError(RelayModelsError):
-    """Annotations that cannot be used: the message names the file, the line or field, and the value."""
 
 
 @dataclass(frozen=True)

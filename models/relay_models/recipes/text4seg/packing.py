@@ -18,9 +18,9 @@ from torch import Tensor
 
 from relay_models.recipes.text4seg.lora_layers import PackedLayout
 from relay_models.recipes.text4seg.questions import Question, ignored_spans
-from relay_models.relay_seg.configuration import IMAGE_TOKEN, IMAGE_TOKEN_ID
+from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.text4seg.codec import BACKGROUND, OPEN_TAG
-from relay_models.text4seg.families.relay_seg import CONVERSATION
+from relay_models.text4seg.families.relay_seg import CONVERSATION, IMAGE_TOKEN
 
 PREAMBLE_WEIGHT = 0.1  # of a token of the preamble, which the question settles
 KNOWN_WEIGHT = 0.3  # of what a row shares with the row before it, from its start: copying says it

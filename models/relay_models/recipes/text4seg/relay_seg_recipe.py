@@ -32,7 +32,8 @@ from relay_models.recipes.text4seg.training import Data, TrainingOptions, export
 from relay_models.recipes.text4seg.warmup import WarmupOptions, warm_up
 from relay_models.relay_seg.assemble import assemble, check_base
 from relay_models.relay_seg.configuration import RelaySegConfig
-from relay_models.relay_seg.encoder import CHECKPOINT_SHA256, fast_copy, load_encoder, normalise
+from relay_models.relay_seg.encoder import fast_copy, load_encoder, normalise
+from relay_models.relay_seg.pins import ENCODER_SHA256
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _photo_weight(photo: Photo) -> float:
 
 
 def _cached_features(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
-    key = cache_key(photos, CHECKPOINT_SHA256, recipe.training.seed, recipe.augmentation)
+    key = cache_key(photos, ENCODER_SHA256, recipe.training.seed, recipe.augmentation)
     folder = recipe.output / f"features-{key}"
     _run_processes(_feature_process, min(recipe.training.processes, recipe.variants), recipe, folder, photos)
     return folder

@@ -36,9 +36,9 @@ from relay_models.recipes.text4seg.features import Variant
 from relay_models.recipes.text4seg.lora_layers import Guide, LoraLlama
 from relay_models.recipes.text4seg.packing import Exchange, PackedSequence, Packer
 from relay_models.recipes.text4seg.questions import Question, QuestionMix, questions_of
-from relay_models.relay_seg.assemble import ALPHA, BASE_SHA256, METADATA_KEY
+from relay_models.relay_seg.assemble import ALPHA, METADATA_KEY
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
-from relay_models.relay_seg.encoder import CHECKPOINT_SHA256
+from relay_models.relay_seg.pins import BASE_SHA256, ENCODER_SHA256
 from relay_models.relay_seg.projector import Projector, ProjectorSizes
 
 logger = logging.getLogger(__name__)
@@ -463,7 +463,7 @@ def export(checkpoint: Path, target: Path) -> None:
     tensors = {f"projector.{name}": tensor for name, tensor in state["projector"].items()} | state["halves"]
     training = {
         "base_sha256": BASE_SHA256,
-        "encoder_sha256": CHECKPOINT_SHA256,
+        "encoder_sha256": ENCODER_SHA256,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "steps": state["step"],
         "seconds": round(state["elapsed"]),
