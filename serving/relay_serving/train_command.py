@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relay_models.errors import RelayModelsError
+from relay_serving import embedded_model
 from relay_serving.errors import EngineStartError, RelayServingError, UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,26 @@ MOST_EXPRESSIONS = 64  # of one request, as the route takes them
 
 
 # ---------------------------------------------------------------- train
+
+# Options of one of the two recipes alone, and what those of relay-seg are called there.
+_ONLY_LORA = frozenset(
+    (
+        "grid",
+        "style",
+        "steps",
+        "photos_per_step",
+        "questions_per_photo",
+        "most_tokens",
+        "dropout",
+        "precision",
+        "device",
+        "checkpoint_every",
+        "checkpoints_activations",
+    )
+)
+_ONLY_RELAY_SEG = frozenset({"minutes", "warmup_minutes", "processes"})
+_OF_TRAINING = frozenset({"minutes", "processes", "rank", "alpha", "learning_rate", "projector_rate", "seed"})
+_RELAY_SEG_NAMES = {"learning_rate": "lora_rate"}
 
 
 def run_train(words: Sequence[str]) -> int:
@@ -56,6 +77,33 @@ def run_train(words: Sequence[str]) -> int:
 
 def _trained(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
     """The folder of what was trained, by the options that were given; the recipe has defaults for the others."""
+    is_relay_seg = given["model"] == embedded_model.RELAY_SEG
+    for name in sorted(given.keys() & (_ONLY_LORA if is_relay_seg else _ONLY_RELAY_SEG)):
+        raise UsageError(f"--{name.replace('_', '-')} is no option of training {given['model']}")
+    return _trained_relay_seg(photos, given) if is_relay_seg else _trained_lora(photos, given)
+
+
+def _trained_relay_seg(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
+    from dataclasses import replace
+
+    from relay_models.recipes.text4seg.relay_seg_recipe import RelaySegRecipe, train_relay_seg  # imports PyTorch
+
+    output: Path = given["output"]
+    recipe = RelaySegRecipe(
+        output, embedded_model.prepare(embedded_model.SMOLLM2), embedded_model.prepare_encoder(output)
+    )
+    training = {_RELAY_SEG_NAMES.get(name, name): given[name] for name in _OF_TRAINING & given.keys()}
+    if "absent" in given:
+        training["mix"] = replace(recipe.training.mix, num_absent=given["absent"])
+    recipe = replace(recipe, training=replace(recipe.training, **training))
+    if "variants" in given:
+        recipe = replace(recipe, variants=given["variants"])
+    if "warmup_minutes" in given:
+        recipe = replace(recipe, warmup=replace(recipe.warmup, minutes=given["warmup_minutes"]))
+    return train_relay_seg(recipe, photos)
+
+
+def _trained_lora(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
     from relay_models.recipes.text4seg.lora_student import LoraSizes
     from relay_models.recipes.text4seg.lora_training import LoraOptions, train_lora  # imports PyTorch
     from relay_models.recipes.text4seg.questions import QuestionMix
@@ -74,13 +122,14 @@ def _train_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="vllm-relay train text4seg",
-        description="Fine-tune a model on your masks: LoRA on LLaVA-1.5, Qwen2-VL or InternVL2. A run that was stopped "
-        "goes on when the same command is given again. What is not given is as in the paper.",
+        description="Fine-tune a model on your masks: LoRA on LLaVA-1.5, Qwen2-VL or InternVL2, or relay-seg-tiny from "
+        "its beginning on a few CPU cores. A run that was stopped goes on when the same command is given again. What "
+        "is not given is as in the paper, or as relay-seg-tiny was made.",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add("data", metavar="DATA", type=Path, help="a .jsonl file, a COCO .json file, or a folder with images/ and masks/")
-    add("--model", required=True, help="folder or hub id of the model to begin with")
+    add("--model", required=True, help="folder or hub id of the model to begin with, or relay-seg-tiny")
     add("--output", required=True, type=Path, help="folder of the run: features, checkpoints, log, and the adapter")
     add("--images", type=Path, help="what file names in DATA are relative to (default: the folder DATA is in)")
     add("--withheld", nargs="+", metavar="CLASS", help="keep back a tenth of these classes' pseudo-labelled photos")
@@ -102,6 +151,12 @@ def _train_parser() -> argparse.ArgumentParser:
     add("--checkpoint-every", type=_positive, help="steps")
     add("--checkpoints-activations", action="store_true", help="less memory, a third more time")
     add("--seed", type=int, help="of everything")
+    group = parser.add_argument_group("relay-seg-tiny")
+    group.add_argument("--minutes", type=float, help="of training", default=argparse.SUPPRESS)
+    group.add_argument(
+        "--warmup-minutes", type=float, help="of the projector alone, before that", default=argparse.SUPPRESS
+    )
+    group.add_argument("--processes", type=_positive, help="one a core", default=argparse.SUPPRESS)
     return parser
 
 

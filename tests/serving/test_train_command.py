@@ -269,6 +269,8 @@ def test_a_server_is_started_for_a_model(data, tiny_llava, capsys):
         (["--model", "m", "--output", "o", "--seed", "-1"], "seed must not be negative, got -1"),
         (["--model", "m", "--output", "o", "--dropout", "1"], "dropout must be at least 0 and below 1, got 1"),
         (["--model", "m", "--output", "o", "--absent", "-2"], "num_absent must not be negative, got -2"),
+        (["--model", "m", "--output", "o", "--warmup-minutes", "1"], "--warmup-minutes is no option of training m"),
+        (["--model", "relay-seg-tiny", "--output", "o", "--steps", "2"], "--steps is no option of training relay-seg"),
     ],
 )
 def test_a_mistake_in_training_is_named(data, flags, problem):
@@ -296,3 +298,16 @@ def test_a_model_is_trained_and_gone_on_with(data, tiny_llava, tmp_path, capsys)
     assert len(steps) == 2
     assert train_command.run_train(words) == 0
     assert (output / "log.jsonl").read_text().splitlines() == steps
+
+
+@pytest.mark.slow
+def test_relay_seg_tiny_is_trained_anew(data, tmp_path, capsys):
+    """For seconds, which teach it nothing: what comes out is a whole model."""
+    output = tmp_path / "run"
+    flags = ["--minutes", "0.1", "--warmup-minutes", "0.05", "--processes", "1", "--variants", "1", "--rank", "2"]
+    words = [str(data), "--model", "relay-seg-tiny", "--output", str(output), *flags]
+    assert train_command.run_train(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"vllm-relay serve {output / 'model'}"
+    config = json.loads((output / "model" / "config.json").read_text())
+    assert config["architectures"] == ["RelaySegForConditionalGeneration"]
+    assert (output / "model" / "model.safetensors").stat().st_size > 250e6

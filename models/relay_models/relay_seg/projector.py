@@ -2,10 +2,10 @@
 
 A cell's token is the sum of four things in the embedding space of the language model:
 
-    what it shows, in words    the codebook's rows (one a class, begun as the embedding of the class's name, and one for
-                               whatever has no name), mixed by the probabilities that a softmax gives them
-    how far it goes            a second codebook, whose rows begin as the embeddings of the numbers 1 to G: for how many
-                               cells, itself included, the row shows the same from here to the right
+    what it shows, in words    the codebook's rows (one a class, begun as what tells the class's name from others', and
+                               one for whatever has no name), mixed by the probabilities that a softmax gives them
+    how far it goes            a second codebook, a row for each length from 1 to G: for how many cells, itself
+                               included, the row shows the same from here to the right
     what else is known of it   free, for what neither says: which of several things it is
     where it is                a learned vector a cell
 

@@ -33,6 +33,7 @@ import numpy.typing as npt
 from relay_models.errors import RelayModelsError
 from relay_models.text4seg.codec import CLOSE_TAG, MAX_SIDE, OPEN_TAG
 from relay_models.text4seg.labels import BACKGROUND, MAX_LABEL_LENGTH
+from relay_models.text4seg.row_marks import mark_tokens
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -364,20 +365,21 @@ class Vocabulary:
 
     Args:
         tokenizer: a fast tokenizer of transformers, or a `tokenizers.Tokenizer`.
+        marks_rows: the model tells rows apart by how it cuts ` others`, see `row_marks`.
 
     Attributes:
         tag_ends: tokens with a ``>`` in them: only these can complete a tag.
         counts_are_whole: a count of two digits is one token, so what stands after a sign is never half a count.
 
     Raises:
-        RelayModelsError: the tokenizer is not a fast one.
+        RelayModelsError: the tokenizer is not a fast one, or it has no tokens to mark rows with.
     """
 
     # Text is decoded and encoded behind a digit, so that no tokenizer takes it for the beginning of a document. A digit
     # stands before a line end in every descriptor.
     _ANCHOR = "1"
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, marks_rows: bool = False) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not all(hasattr(backend, name) for name in ("encode", "decode", "get_vocab", "token_to_id")):
             raise RelayModelsError(
@@ -388,6 +390,13 @@ class Vocabulary:
         self._pieces: dict[int, str] = {}
         self._anchor = self._encode_plain(self._ANCHOR).ids[-1:]
         self.encode = lru_cache(maxsize=4096)(self._encode)
+        self._marks: tuple[tuple[int, ...], ...] = ()
+        if marks_rows:
+            try:
+                self._marks = mark_tokens(backend.get_vocab())
+            except KeyError as error:
+                raise RelayModelsError(f"the tokenizer has no token {error}, which rows are marked with") from error
+            (self._background,) = self.encode(f" {BACKGROUND}")[0]
         self.tag_ends = frozenset(token for text, token in backend.get_vocab().items() if ">" in text)
         self.counts_are_whole = len(self.encode("\n a *16")[0]) == len(self.encode("\n a *1")[0])
 
@@ -414,23 +423,42 @@ class Vocabulary:
     def _encode_plain(self, text: str) -> Any:
         return self._backend.encode(text, add_special_tokens=False)
 
-    def encode_rest(self, line: str, rest: str, limit: int) -> list[int]:
+    def encode_rest(self, line: str, rest: str, limit: int, row: int = 0) -> list[int]:
         """At most ``limit`` tokens that write ``rest`` behind ``line``, which begins with a line end or a tag.
+
+        ``row`` is the number of the line's row, from 0.
 
         None at all if ``line`` ends inside of one: the model has then written otherwise than the tokenizer would.
         A line end is taken to begin a token, as it does after a digit.
         """
         first, *others = rest.split("\n")
-        tokens, ends = self.encode(line + first)
+        tokens, ends = self._marked(line + first, row)
         num_written = _num_tokens_to(len(line), ends)
         if num_written is None:
             return []
         drafts = list(tokens[num_written:])
-        for text in others:
+        for number, text in enumerate(others, start=row + 1):
             if len(drafts) >= limit:
                 break
-            drafts += self.encode("\n" + text)[0]
+            drafts += self._marked("\n" + text, number)[0]
         return drafts[:limit]
+
+    def _marked(self, line: str, row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """As `encode`, with the marks of this row."""
+        tokens, ends = self.encode(line)
+        if not 0 < row <= len(self._marks):
+            return tokens, ends
+        mark = self._marks[row - 1]
+        marked: list[tuple[int, int]] = []
+        for token, end in zip(tokens, ends, strict=True):
+            if token != self._background:
+                marked.append((token, end))
+                continue
+            place = end - sum(len(self.piece(piece)) for piece in mark)
+            for piece in mark:
+                place += len(self.piece(piece))
+                marked.append((piece, place))
+        return tuple(token for token, _ in marked), tuple(end for _, end in marked)
 
 
 def _num_tokens_to(place: int, ends: Sequence[int]) -> int | None:
@@ -511,7 +539,7 @@ class OpenBlock:
             return []
         rest = "".join(self._likely_pieces(limit))
         head = "\n" if self.rows else OPEN_TAG
-        return self._vocabulary.encode_rest(head + self._line, rest, limit) if rest else []
+        return self._vocabulary.encode_rest(head + self._line, rest, limit, len(self.rows)) if rest else []
 
     def _likely_pieces(self, limit: int) -> Iterator[str]:
         """Pieces until the draft is long enough or too unlikely. The one that was too unlikely is watched as well."""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from vllm.config import VllmConfig
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
+from relay_models.text4seg.families import relay_seg
 from relay_models.text4seg.row_drafter import RowDrafter, Vocabulary
 from relay_serving.errors import UsageError
 
@@ -40,7 +41,9 @@ class RowProposer:
                 "row drafts need the model's tokenizer, and skip_tokenizer_init is set: unset it, or serve without "
                 "--speculative-config"
             )
-        self._drafter = RowDrafter(Vocabulary(tokenizer), vllm_config.speculative_config.num_speculative_tokens)
+        config = vllm_config.model_config.hf_config
+        vocabulary = Vocabulary(tokenizer, marks_rows=relay_seg.ARCHITECTURE in (config.architectures or ()))
+        self._drafter = RowDrafter(vocabulary, vllm_config.speculative_config.num_speculative_tokens)
 
     def propose(
         self,

@@ -22,7 +22,6 @@ from relay_models.recipes.text4seg.packing import (
     KNOWN_WEIGHT,
     MARK_WEIGHT,
     PREAMBLE_WEIGHT,
-    ROW_MARKS,
     Packer,
 )
 from relay_models.recipes.text4seg.questions import Question, QuestionMix, questions_of
@@ -39,6 +38,7 @@ from relay_models.relay_seg.assemble import _deltas, read_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.relay_seg.projector import Projector, ProjectorSizes
 from relay_models.text4seg.families.relay_seg import CONVERSATION, IMAGE_TOKEN
+from relay_models.text4seg.row_marks import ROW_MARKS
 
 GRID = 4
 CLASSES = ("circle", "square")
@@ -70,7 +70,7 @@ def tiny_config(vocabulary: int = 128) -> LlamaConfig:
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=6,
-        num_key_value_heads=2,
+        num_key_value_heads=3,
         head_dim=8,
         vocab_size=vocabulary,
         tie_word_embeddings=True,
@@ -144,8 +144,10 @@ def test_a_guide_measures_the_attention_it_names() -> None:
     layout = PackedLayout(6, (3, 9))
     ids = torch.randint(0, 128, (18,))
     embeddings = F.embedding(ids, ours.embeddings)
-    # The last token of the second question looks at token 2 with one head, and at token 4 with another.
-    guide = Guide(torch.tensor([17]), torch.tensor([[2, 4]]), (1,), ((0, 2), (1, 1)), 1)
+    # The last token of the second question looks at token 2 with one head, and at tokens 0 and 4 with another.
+    wanted = tuple(torch.zeros(1, 6, dtype=torch.bool) for _ in range(2))
+    wanted[0][0, 2] = wanted[1][0, 0] = wanted[1][0, 4] = True
+    guide = Guide(torch.tensor([17]), wanted, (1,), ((0, 1), (2, 0)), (1,))
     with torch.no_grad():
         hidden, shares, probed = ours.guided(embeddings, layout, guide)
         torch.testing.assert_close(hidden, ours(embeddings, layout))
@@ -155,8 +157,12 @@ def test_a_guide_measures_the_attention_it_names() -> None:
         outputs = plain.model(alone, output_attentions=True, output_hidden_states=True)
     attention = outputs.attentions[1][0, :, -1]
     assert shares.shape == (1, 1, 2)
-    torch.testing.assert_close(shares[0, 0], torch.stack((attention[2, 2], attention[4, 4])), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(probed[0], outputs.hidden_states[2][0, -1], rtol=1e-4, atol=1e-4)
+    expected = torch.stack((attention[1, 2], attention[4, 0] + attention[4, 4]))
+    torch.testing.assert_close(shares[0, 0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(probed[0][0], outputs.hidden_states[2][0, -1], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        _, _, stopped = ours.guided(embeddings, layout, replace(guide, layers=(), heads=(), wanted_M=(), stop=1))
+    torch.testing.assert_close(stopped[0], probed[0])
 
 
 # ---------------------------------------------------------------- packing
@@ -174,12 +180,12 @@ def the_question(photo: Photo, kind: str = "class") -> Question:
 
 
 def test_the_tokens_are_those_of_the_servers_prompt_and_the_answer(tokenizer) -> None:
-    packer = Packer(tokenizer, 3)
+    packer = Packer(tokenizer, GRID**2)
     question = the_question(a_photo())
     packed = packer.pack([packer.exchange(question)], has_image=True)
     before, after = CONVERSATION.prompt(question.prompt).split(IMAGE_TOKEN)
     text = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
-    asked = [*text[0], *[IMAGE_TOKEN_ID] * 3, *text[1]]
+    asked = [*text[0], *[IMAGE_TOKEN_ID] * GRID**2, *text[1]]
     assert packed.ids_S[: len(asked)].tolist() == asked
     assert len(packed.ids_S) == len(asked) + len(packed.target_A)
     answer = tokenizer.decode(packed.target_A)
@@ -204,23 +210,24 @@ def test_a_token_knows_its_run_and_counts_as_much_as_the_picture_is_needed_for_i
         (tokenizer.decode([token]), weight, run)
         for token, weight, run in zip(exchange.ids, exchange.weights, exchange.runs, strict=True)
     ]
+    assert exchange.is_asked_GG.tolist() == (question.cells_GG == 1).tolist()
     start = next(place for place, (token, _, _) in enumerate(told) if token == "others")
     assert told[start : start + 12] == [
-        ("others", KNOWN_WEIGHT, (0, 3)),
-        (" *", KNOWN_WEIGHT, (0, 3)),
-        ("4", KNOWN_WEIGHT, (0, 3)),
-        ("\n", KNOWN_WEIGHT, (3, 3)),
-        (" others", MARK_WEIGHT, (4, 5)),
-        (" *", KNOWN_WEIGHT, (4, 5)),
-        ("2", CHANGE_WEIGHT, (4, 5)),
-        ("|", 1.0, (5, 5)),
-        (" square", 1.0, (6, 7)),
-        (" *", 1.0, (6, 7)),
-        ("2", 1.0, (6, 7)),
-        ("\n", 1.0, (7, 7)),
+        ("others", KNOWN_WEIGHT, (0, 3, 4)),
+        (" *", KNOWN_WEIGHT, (0, 3, 4)),
+        ("4", KNOWN_WEIGHT, (0, 3, 4)),
+        ("\n", KNOWN_WEIGHT, (3, 3, 0)),
+        (" others", MARK_WEIGHT, (4, 5, 2)),
+        (" *", KNOWN_WEIGHT, (4, 5, 2)),
+        ("2", CHANGE_WEIGHT, (4, 5, 2)),
+        ("|", 1.0, (5, 5, 0)),
+        (" square", 1.0, (6, 7, 2)),
+        (" *", 1.0, (6, 7, 2)),
+        ("2", 1.0, (6, 7, 2)),
+        ("\n", 1.0, (7, 7, 0)),
     ]
     # The third row is the second again, and says that it is the third.
-    assert told[start + 12 : start + 14] == [(" ", MARK_WEIGHT, (8, 9)), ("others", MARK_WEIGHT, (8, 9))]
+    assert told[start + 12 : start + 14] == [(" ", MARK_WEIGHT, (8, 9, 2)), ("others", MARK_WEIGHT, (8, 9, 2))]
     assert {weight for _, weight, _ in told[start + 14 : start + 21]} == {KNOWN_WEIGHT}
     assert {weight for _, weight, _ in told[:start]} == {0.0, PREAMBLE_WEIGHT, 1.0}
     cut = packer.cut_after_row(exchange, 1)
@@ -240,7 +247,7 @@ def test_rows_are_told_apart_by_tokens_and_not_by_text(tokenizer) -> None:
     assert tokenizer.decode(ids).endswith(f"{question.answer}<|im_end|>")
     starts = [place + 1 for place, token in enumerate(ids) if token == packer.line_break][3:-1]
     rows = [ids[start : start + len(pieces)] for start, pieces in zip(starts, packer.marks, strict=True)]
-    assert rows == [tuple(pieces) for pieces in packer.marks]
+    assert rows == list(packer.marks)
 
 
 def test_what_nobody_knows_does_not_count(tokenizer) -> None:
@@ -252,9 +259,9 @@ def test_what_nobody_knows_does_not_count(tokenizer) -> None:
     silent = [
         (tokenizer.decode([token]), run)
         for token, weight, run in zip(exchange.ids, exchange.weights, exchange.runs, strict=True)
-        if weight == 0 and run != (-1, -1)
+        if weight == 0 and run != (-1, -1, 0)
     ]
-    assert silent == [(" *", (4, 5)), ("2", (4, 5)), (" square", (6, 7)), (" *", (6, 7)), ("2", (6, 7))]
+    assert silent == [(" *", (4, 5, 2)), ("2", (4, 5, 2)), (" square", (6, 7, 2)), (" *", (6, 7, 2)), ("2", (6, 7, 2))]
 
 
 # ---------------------------------------------------------------- targets of the projector
@@ -300,7 +307,15 @@ def test_no_class_that_may_lack_masks_is_punished() -> None:
 
 
 OPTIONS = TrainingOptions(
-    minutes=1.0, rank=2, alpha=4.0, tokens=300, processes=1, chat_every=3, warmup_steps=1, lora_rate=1e-2
+    minutes=1.0,
+    reading_minutes=0.1,
+    rank=2,
+    alpha=4.0,
+    tokens=300,
+    processes=1,
+    chat_every=3,
+    warmup_steps=1,
+    lora_rate=1e-2,
 )
 
 
@@ -352,7 +367,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tokenizer, tmp_path: Pa
 
 
 def test_steps_lower_the_loss_of_the_answers(tokenizer) -> None:
-    made = trainer(tokenizer, replace(OPTIONS, chat_every=0, guide_weight=0.1))
+    made = trainer(tokenizer, replace(OPTIONS, chat_every=0, guide_weight=0.1, reading_minutes=0.0))
     before = made.step(0, 0.0)["answers"]
     for step in range(1, 30):
         made.mean.clear()

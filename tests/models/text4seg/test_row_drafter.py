@@ -25,6 +25,7 @@ from relay_models.text4seg.row_drafter import (
     guess_text,
     parse_row,
 )
+from relay_models.text4seg.row_marks import mark_tokens
 
 LABELS = ("others", "dog", "the brown dog", "man, number 23", "кошка ¦ 猫")
 
@@ -265,6 +266,40 @@ def test_drafts_replay_well_with_any_tokenizer(vocabularies: dict[str, Vocabular
     answer = written(vocabulary, f"Here it is:\n{OPEN_TAG}{encode(cells, LABELS)}{CLOSE_TAG}")
     passes = count_passes(RowDrafter(vocabulary, 32), written(vocabulary, "Where is 'the brown dog'?"), answer)
     assert passes < len(answer) * (0.9 if name == "greedy merges" else 0.4)
+
+
+def test_rows_that_are_told_apart_by_tokens_are_drafted_so() -> None:
+    """Marks cost hardly a pass where the drafter knows of them, and many where it does not."""
+    tokenizer = embedded()
+    plain, marking = Vocabulary(tokenizer), Vocabulary(tokenizer, marks_rows=True)
+    cells = np.zeros((16, 16), dtype=np.int64)
+    cells[4:12, 3:9] = 2
+    text = f"Here it is:\n{OPEN_TAG}{encode(cells, LABELS)}{CLOSE_TAG}"
+    unmarked = written(plain, text)
+    (background,) = plain.encode(" others")[0]
+    marks = mark_tokens(tokenizer.get_vocab())
+    marked, row = [], 0
+    for token in unmarked:
+        is_marked = token == background and row > 0
+        marked += marks[row - 1] if is_marked else (token,)
+        row += plain.piece(token) == "\n" and OPEN_TAG in plain.decode(marked)
+    assert plain.decode(marked) == "\n" + text
+    assert len(marked) == len(unmarked) + sum(len(mark) - 1 for mark in marks[:15]) + sum(
+        len(mark) - 1 for mark in marks[3:11]
+    )
+    prompt = written(plain, "Where is 'the brown dog'?")
+    best = count_passes(RowDrafter(plain, 32), prompt, unmarked)
+    assert count_passes(RowDrafter(marking, 32), prompt, marked) <= best + 3
+    assert count_passes(RowDrafter(plain, 32), prompt, marked) > 2 * best
+    # A line that ends inside of a mark goes on with the rest of it.
+    line = "\n ot"
+    assert marking.encode_rest(line, "hers *16\n", 32, row=3) == [*marks[2][1:], *plain.encode(" *16\n")[0]]
+    assert marking.encode_rest(line, "hers *16\n", 32, row=2) == []
+
+
+def test_a_tokenizer_without_the_marks_is_refused() -> None:
+    with pytest.raises(RelayModelsError, match="the tokenizer has no token 'Ġothers', which rows are marked with"):
+        Vocabulary(greedy_merges(), marks_rows=True)
 
 
 def count_passes(drafter: RowDrafter, prompt: list[int], answer: list[int]) -> int:

@@ -63,17 +63,19 @@ class Guide:
 
     Attributes:
         source_M: tokens of the questions, as places in the sequence.
-        keys_M2: for each, two tokens of the prefix: one that the heads `heads[0]` should look at, one for `heads[1]`.
+        wanted_M: for each head of ``heads``, [M, P] which tokens of the prefix it should look at.
         layers: whose heads are measured.
         heads: pairs of key head and query head among those that share it.
-        probed_layer: whose output is returned for ``source_M``.
+        probed: layers whose output is returned for ``source_M``.
+        stop: the layer after which nothing is computed, None for the last.
     """
 
     source_M: Tensor  # noqa: N815
-    keys_M2: Tensor  # noqa: N815
+    wanted_M: tuple[Tensor, ...]  # noqa: N815
     layers: tuple[int, ...]
-    heads: tuple[tuple[int, int], tuple[int, int]]
-    probed_layer: int
+    heads: tuple[tuple[int, int], ...]
+    probed: tuple[int, ...]
+    stop: int | None = None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -185,11 +187,11 @@ class LoraLlama(nn.Module):
         """Last hidden states [S, D] (normalised) of embeddings [S, D]."""
         return self.guided(x_SD, layout, None)[0]
 
-    def guided(self, x_SD: Tensor, layout: PackedLayout, guide: Guide | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Last hidden states, the shares of attention [layers, M, 2] that went where the guide says, and [M, D] probed
-        hidden states; the latter two are empty without a guide."""
+    def guided(self, x_SD: Tensor, layout: PackedLayout, guide: Guide | None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Last hidden states, the shares of attention [layers, M, heads] that went where the guide says, and for each
+        probed layer [M, D] hidden states; the latter two are empty without a guide."""
         shares: list[Tensor] = []
-        probed_MD = x_SD[:0]
+        probed: list[Tensor] = []
         angles_SH = layout.positions_S()[:, None] * self.frequencies
         cos_S1H = torch.cat((angles_SH.cos(), angles_SH.cos()), -1)[:, None].to(x_SD.dtype)
         sin_S1H = torch.cat((-angles_SH.sin(), angles_SH.sin()), -1)[:, None].to(x_SD.dtype)
@@ -206,9 +208,11 @@ class LoraLlama(nn.Module):
             x_SD = x_SD + layer.out(mixed)
             gate, up = layer.gate_up(self._norm(x_SD, layer.post_attention_layernorm)).chunk(2, -1)
             x_SD = x_SD + layer.down(F.silu(gate) * up)
-            if guide is not None and number == guide.probed_layer:
-                probed_MD = x_SD[guide.source_M]
-        return self._norm(x_SD, self.last_norm), torch.stack(shares) if shares else x_SD[:0], probed_MD
+            if guide is not None and number in guide.probed:
+                probed.append(x_SD[guide.source_M])
+            if guide is not None and number == guide.stop:
+                break
+        return self._norm(x_SD, self.last_norm), torch.stack(shares) if shares else x_SD[:0], probed
 
     def _norm(self, x_SD: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x_SD, (x_SD.shape[-1],), weight, self.config.rms_norm_eps)
@@ -247,7 +251,7 @@ class _Attention:
         return torch.cat((prefix_PD, mixed_QLD[self.is_token_QL])), seen
 
     def _shares(self, weights: Tensor, guide: Guide) -> Tensor:
-        """[M, 2] of attention weights [Q, kv heads, L * group, P + L]."""
+        """[M, heads] of attention weights [Q, kv heads, L * group, P + L]."""
         place_S = torch.zeros(self.prefix + int(self.is_token_QL.sum()), dtype=torch.long)
         place_S[self.index_QL[self.is_token_QL]] = torch.arange(self.is_token_QL.numel()).view_as(self.index_QL)[
             self.is_token_QL
@@ -256,8 +260,8 @@ class _Attention:
         question_M, token_M = place_M // self.index_QL.shape[1], place_M % self.index_QL.shape[1]
         return torch.stack(
             [
-                weights[question_M, key_head, token_M * self.group + head, guide.keys_M2[:, index]]
-                for index, (key_head, head) in enumerate(guide.heads)
+                (weights[question_M, key_head, token_M * self.group + head, : self.prefix] * wanted_MP).sum(-1)
+                for (key_head, head), wanted_MP in zip(guide.heads, guide.wanted_M, strict=True)
             ],
             -1,
         )

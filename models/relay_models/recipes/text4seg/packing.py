@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +21,7 @@ from relay_models.recipes.text4seg.questions import Question, ignored_spans
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.text4seg.codec import BACKGROUND, OPEN_TAG
 from relay_models.text4seg.families.relay_seg import CONVERSATION, IMAGE_TOKEN
+from relay_models.text4seg.row_marks import mark_tokens
 
 PREAMBLE_WEIGHT = 0.1  # of a token of the preamble, which the question settles
 KNOWN_WEIGHT = 0.3  # of what a row shares with the row before it, from its start: copying says it
@@ -28,28 +29,9 @@ CHANGE_WEIGHT = 3.0  # of the place where it first differs: only the picture say
 MARK_WEIGHT = 0.5  # of a piece of a word that tells its row
 END_OF_TURN = "<|im_end|>"
 
-# A descriptor says no row numbers, and small models count badly. So the number is in how ` others`, at the start of a
-# row, is cut into tokens: whole in row 1, as below in the rows after it. The text is the same; a model reads off its
-# last row how far it is. (Rows that begin with another label say nothing.)
-ROW_MARKS = (
-    " others",
-    " |others",
-    " ot|hers",
-    " other|s",
-    " |ot|hers",
-    " |oth|ers",
-    " |othe|rs",
-    " |other|s",
-    " o|t|hers",
-    " o|th|ers",
-    " o|the|rs",
-    " o|ther|s",
-    " ot|h|ers",
-    " ot|he|rs",
-    " ot|her|s",
-)
-_NO_RUN = (-1, -1)
-_Told = tuple[int, float, tuple[int, int]]  # token, weight, run
+Run = tuple[int, int, int]  # first cell, last cell, length: 0 for the separator or line break after a run
+_NO_RUN = (-1, -1, 0)
+_Told = tuple[int, float, Run]  # token, weight, run
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +43,10 @@ class PackedSequence:
     target_A: what they are to predict.
     weight_A: how much that counts.
     start_A, end_A: the first and the last cell of the run that the token is part of, in reading order; -1 for tokens
-        outside of a descriptor.
+        outside of a descriptor. What separates runs is of the last cell before it.
+    length_A: cells of that run; 0 for what separates runs and for tokens outside of a descriptor.
+    is_asked_AT: the cells of the run's row that show what was asked for.
+    topic_A: what was asked for, as `Exchange.topic`.
     """
 
     ids_S: Tensor  # noqa: N815
@@ -71,19 +56,31 @@ class PackedSequence:
     weight_A: Tensor  # noqa: N815
     start_A: Tensor  # noqa: N815
     end_A: Tensor  # noqa: N815
+    length_A: Tensor  # noqa: N815
+    is_asked_AT: Tensor  # noqa: N815
+    topic_A: Tensor  # noqa: N815
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Tokens of one question with its answer, the weight of each as a target (0 for the question's), and the first and
-    the last cell of its run (-1 for what is of none)."""
+    """Tokens of one question with its answer.
+
+    Attributes:
+        ids: the tokens.
+        weights: of each as a target; 0 for the question's.
+        runs: the run that each is part of.
+        is_asked_GG: where the picture shows what was asked for; None for an exchange without a picture.
+        topic: the number of the class that was asked for, -1 where it is none or several.
+    """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
-    runs: tuple[tuple[int, int], ...]
+    runs: tuple[Run, ...]
+    is_asked_GG: npt.NDArray[np.bool_] | None = None  # noqa: N815
+    topic: int = -1
 
     def cut(self, most: int) -> Exchange:
-        return Exchange(self.ids[:most], self.weights[:most], self.runs[:most])
+        return replace(self, ids=self.ids[:most], weights=self.weights[:most], runs=self.runs[:most])
 
 
 class Packer:
@@ -94,16 +91,14 @@ class Packer:
         self.grid = math.isqrt(num_image_tokens)
         (self.line_break,) = self._ids("\n")
         (self.background,) = self._ids(f" {BACKGROUND}")
-        vocabulary = tokenizer.get_vocab()
-        cuts = [[vocabulary[piece.replace(" ", "\u0120")] for piece in mark.split("|")] for mark in ROW_MARKS]
-        self.marks = cuts
+        self.marks = mark_tokens(tokenizer.get_vocab())
         opening = CONVERSATION.prompt("").partition(IMAGE_TOKEN)[0]
         self.text_prefix = self._ids(opening)
         after = CONVERSATION.image.partition(IMAGE_TOKEN)[2]
         self.image_prefix = [*self.text_prefix, *[IMAGE_TOKEN_ID] * num_image_tokens, *self._ids(after)]
 
-    def exchange(self, question: Question) -> Exchange:
-        """The tokens of a question about a picture."""
+    def exchange(self, question: Question, topic: int = -1) -> Exchange:
+        """The tokens of a question about a picture, which asks for the class of number ``topic``."""
         asked = self._ids(question.prompt + CONVERSATION.user_close + CONVERSATION.assistant_open)
         encoded = self.tokenizer(question.answer, return_offsets_mapping=True, add_special_tokens=False)
         weight_of = _character_weights(question)
@@ -116,19 +111,19 @@ class Packer:
             (*asked, *(token for token, _, _ in answer), *end),
             (*[0.0] * len(asked), *(weight for _, weight, _ in answer), *[1.0] * len(end)),
             (*[_NO_RUN] * len(asked), *(run for _, _, run in answer), *[_NO_RUN] * len(end)),
+            question.cells_GG > 0,
+            topic,
         )
 
     def _marked(self, answer: Iterable[_Told]) -> Iterator[_Told]:
-        """The answer's tokens, with the row told by how the first word of a row is cut, see `ROW_MARKS`."""
-        row, is_start = 0, False
+        """The answer's tokens, with the row told by how ` others` is cut, see `row_marks`."""
         for token, weight, run in answer:
-            if is_start and token == self.background and 0 < row <= len(self.marks):
+            row = run[0] // self.grid
+            if token == self.background and 0 < row <= len(self.marks):
                 for piece in self.marks[row - 1]:
                     yield piece, max(weight, MARK_WEIGHT) if weight else weight, run
             else:
                 yield token, weight, run
-            is_start = token == self.line_break
-            row = run[0] // self.grid + 1 if is_start and run != _NO_RUN else row
 
     def chat(self, question: str, answer: str) -> Exchange:
         """The tokens of an exchange without a picture."""
@@ -150,20 +145,31 @@ class Packer:
         source: list[int] = []
         target: list[int] = []
         weight: list[float] = []
-        runs: list[tuple[int, int]] = []
+        runs: list[Run] = []
+        asked: list[npt.NDArray[np.bool_]] = []
+        topics: list[int] = []
         start = len(prefix)
         for exchange in exchanges:
+            rows = _asked_rows(exchange, self.grid)
             for place, (token, counts) in enumerate(zip(exchange.ids, exchange.weights, strict=True)):
                 if counts > 0:
                     source.append(start + place - 1)
                     target.append(token)
                     weight.append(counts)
                     runs.append(exchange.runs[place])
+                    asked.append(rows[max(exchange.runs[place][0] // self.grid, 0)])
+                    topics.append(exchange.topic)
             start += len(exchange.ids)
         layout = PackedLayout(len(prefix), tuple(len(exchange.ids) for exchange in exchanges))
-        start_A, end_A = torch.tensor(runs).unbind(1)
         return PackedSequence(
-            torch.tensor(ids), layout, torch.tensor(source), torch.tensor(target), torch.tensor(weight), start_A, end_A
+            torch.tensor(ids),
+            layout,
+            torch.tensor(source),
+            torch.tensor(target),
+            torch.tensor(weight),
+            *torch.tensor(runs).unbind(1),
+            torch.from_numpy(np.stack(asked)),
+            torch.tensor(topics),
         )
 
     def _ids(self, text: str) -> list[int]:
@@ -193,19 +199,27 @@ def _character_weights(question: Question) -> npt.NDArray[np.float64]:
     return weights
 
 
-def _character_runs(question: Question) -> list[tuple[int, int]]:
-    """For each character of the answer the first and the last cell of its run; separators are of the run before."""
+def _asked_rows(exchange: Exchange, grid: int) -> npt.NDArray[np.bool_]:
+    """[G, T] for each row, its cells that show what was asked for, among all cells."""
+    asked_GT = np.zeros((grid, grid * grid), dtype=np.bool_)
+    if exchange.is_asked_GG is not None:
+        asked_GT[np.arange(grid * grid) // grid, np.arange(grid * grid)] = exchange.is_asked_GG.reshape(-1)
+    return asked_GT
+
+
+def _character_runs(question: Question) -> list[Run]:
+    """For each character of the answer its run."""
     runs = [_NO_RUN] * (question.answer.index(OPEN_TAG) + len(OPEN_TAG))
     grid = len(question.cells_GG)
     for row, cells_G in enumerate(question.cells_GG.tolist()):
         column = 0
         for index, run in groupby(cells_G):
             length = len(list(run))
-            here = (row * grid + column, row * grid + column + length - 1)
+            here = (row * grid + column, row * grid + column + length - 1, length)
             lead = " " if row or column else ""
             runs += [here] * len(f"{lead}{question.labels[index]} *{length}")
             column += length
-            runs.append((here[1], here[1]))  # the separator or the line break
+            runs.append((here[1], here[1], 0))  # the separator or the line break
     return runs + [_NO_RUN] * (len(question.answer) - len(runs))
 
 

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -48,11 +49,15 @@ LENGTH_WEIGHT = 0.2
 # The first layer of SmolLM2 adds forty times what an embedding holds: tokens as large as that stay legible above it. It
 # does not change what that layer itself computes, which is of normalised tokens.
 TOKEN_SCALE = 20.0
-PLACE_SHARE = 0.7  # of a typical embedding's length, for the row of a cell's token and for its column
+# Of a typical embedding's length (which is its class's share), for the row of a cell's token and for its column.
+PLACE_SHARE = 0.7
+LENGTH_SHARE = 0.5
 # Where the language model is told to look: heads are (key head, query head of its group).
-GUIDED_LAYERS = (5, 9)
-GUIDED_HEADS = ((0, 0), (1, 0))
-PROBED_LAYER = 4
+GUIDED_LAYERS = (5, 6, 7, 8)
+GUIDED_HEADS = ((0, 0), (1, 0), (2, 0))  # at the first cell of a run, at its last, at what its row shows of the topic
+GUIDED_HEAD_WEIGHTS = (0.2, 0.2, 0.8)
+PLACE_LAYER = 4  # by which a token knows its row, its column and what was asked for
+READ_LAYER = 9  # by which it knows what the picture shows there
 MAX_ROUNDS = 3  # of questions about one photo
 SHORTEST_QUESTION = 120  # tokens
 CERTAIN = 12.0  # logit of what is true, the others' being 0
@@ -65,6 +70,8 @@ class TrainingOptions:
 
     Attributes:
         minutes: of training.
+        reading_minutes: of these, the first, in which only the layers up to `READ_LAYER` are computed: they learn to
+            find their place in the picture and to read what it shows there.
         rank, alpha: of the LoRA.
         lora_rate, projector_rate: learning rates at their highest.
         cell_weight: of the projector's own loss, beside the answers'.
@@ -85,6 +92,7 @@ class TrainingOptions:
     """
 
     minutes: float = 65.0
+    reading_minutes: float = 20.0
     rank: int = 24
     alpha: float = 48.0
     lora_rate: float = 1e-3
@@ -174,9 +182,9 @@ class _Trainer:
         )
         self.mean: dict[str, float] = {}
         torch.manual_seed(options.seed)
-        grid = model.projector.sizes.grid
-        self.probe = nn.Linear(model.projector.sizes.out_width, 2 * grid)
+        self.probe = _Probe(model.projector.sizes)
         self.probe_optimizer = torch.optim.Adam(self.probe.parameters(), lr=3e-3)
+        self.topics = _Topics(model.classes)
 
     # ------------------------------------------------------------ data
 
@@ -205,7 +213,8 @@ class _Trainer:
 
     def _exchange(self, question: Question, rng: np.random.Generator) -> Exchange:
         """Mostly without most of the rows below the last that shows something: each is a copy of the one above it."""
-        exchange = self.packer.exchange(question)
+        topic = self.topics.of(question.labels[1]) if len(question.labels) == 2 else -1
+        exchange = self.packer.exchange(question, topic)
         if rng.random() < self.options.whole_answers:
             return exchange
         rows = np.flatnonzero(question.cells_GG.any(axis=1))
@@ -219,10 +228,11 @@ class _Trainer:
         torch.manual_seed(int(rng.integers(1 << 31)))
         self.optimizer.zero_grad(set_to_none=False)
         self.model.llama.merge()
-        if self.data.chats and self.options.chat_every and step % self.options.chat_every == 0:
+        is_reading = time_used * self.options.minutes < self.options.reading_minutes
+        if not is_reading and self.data.chats and self.options.chat_every and step % self.options.chat_every == 0:
             figures = self._chat_step(rng)
         else:
-            figures = self._picture_step(rng)
+            figures = self._picture_step(rng, is_reading)
         self._average_gradients()
         rise = min(1.0, (step + 1) / self.options.warmup_steps)
         fall = max(0.0, time_used - self.options.held_share) / (1 - self.options.held_share)
@@ -239,7 +249,7 @@ class _Trainer:
             self.mean[name] = 0.95 * self.mean.get(name, value) + 0.05 * value
         return {name: round(value, 4) for name, value in self.mean.items()}
 
-    def _picture_step(self, rng: np.random.Generator) -> dict[str, float]:
+    def _picture_step(self, rng: np.random.Generator, is_reading: bool) -> dict[str, float]:
         number, index, exchanges = self.sequence(rng)
         variant = self.data.variants[number]
         targets = cell_targets(variant.photos[index], self.model.projector.sizes.grid, self.model.classes)
@@ -255,7 +265,7 @@ class _Trainer:
             shape_NT4 = self.model.shape_head(hidden_NTE).float()
         cell_loss = cell_losses(logits_NTK, lengths_NTG, shape_NT4, [targets])
         packed = self.packer.pack(exchanges, has_image=True)
-        answer_loss, figures = self._answer_loss(packed, tokens_NTD[0], rng)
+        answer_loss, figures = self._answer_loss(packed, tokens_NTD[0], rng, is_reading=is_reading)
         (answer_loss + self.options.cell_weight * cell_loss).backward()
         return {
             **figures,
@@ -273,15 +283,23 @@ class _Trainer:
         return {"chat": loss.item()}
 
     def _answer_loss(
-        self, packed: PackedSequence, tokens_TD: Tensor | None, rng: np.random.Generator, is_full: bool = False
+        self,
+        packed: PackedSequence,
+        tokens_TD: Tensor | None,
+        rng: np.random.Generator,
+        *,
+        is_full: bool = False,
+        is_reading: bool = False,
     ) -> tuple[Tensor, dict[str, float]]:
         llama = self.model.llama
         embeddings_SD = F.embedding(packed.ids_S, llama.embeddings)
         if tokens_TD is not None:
             is_image_S = packed.ids_S == IMAGE_TOKEN_ID
             embeddings_SD = embeddings_SD.masked_scatter(is_image_S[:, None], tokens_TD.to(embeddings_SD.dtype))
-        guide = None if tokens_TD is None else self._guide(packed)
-        hidden_SD, shares, probed_MD = llama.guided(embeddings_SD, packed.layout, guide)
+        guide = None if tokens_TD is None else self._guide(packed, is_reading)
+        hidden_SD, shares, probed = llama.guided(embeddings_SD, packed.layout, guide)
+        if is_reading:
+            return self._guided_loss(packed, shares, probed)
         hidden_AD = hidden_SD[packed.source_A]
         weight_A = packed.weight_A / packed.weight_A.sum()
         share = 1.0 if is_full else self.options.full_vocabulary_share
@@ -289,7 +307,8 @@ class _Trainer:
         loss = torch.zeros(())
         figures: dict[str, float] = {}
         if guide is not None:
-            loss, figures = self._guided_loss(packed, shares, probed_MD)
+            loss, figures = self._guided_loss(packed, shares, probed)
+            loss = self.options.guide_weight * loss
         if chosen_A.any():
             logits = F.linear(hidden_AD[chosen_A], llama.embeddings).float()
             nll_A = F.cross_entropy(logits, packed.target_A[chosen_A], reduction="none")
@@ -307,29 +326,51 @@ class _Trainer:
             figures["answers"] = nll_A[is_known].mean().item()
         return loss, figures
 
-    def _guide(self, packed: PackedSequence) -> Guide:
-        """To the cells of the run that a token is part of."""
+    def _guide(self, packed: PackedSequence, is_reading: bool) -> Guide:
+        """To the first and the last cell of the run that a token is part of, and to what its row shows of what was
+        asked for, which is looked for at the sequence's first token where the row shows none."""
         is_run_A = packed.start_A >= 0
         first = len(self.packer.text_prefix)
-        keys_M2 = torch.stack((packed.start_A, packed.end_A), -1)[is_run_A] + first
-        return Guide(packed.source_A[is_run_A], keys_M2, GUIDED_LAYERS, GUIDED_HEADS, PROBED_LAYER)
+        num_cells = packed.is_asked_AT.shape[1]
+
+        def placed(wanted_MT: Tensor) -> Tensor:
+            return F.pad(wanted_MT, (first, packed.layout.prefix - first - num_cells))
+
+        asked_MP = placed(packed.is_asked_AT[is_run_A])
+        asked_MP[:, 0] = ~asked_MP.any(1)
+        start_M, end_M = packed.start_A[is_run_A], packed.end_A[is_run_A]
+        wanted = (placed(F.one_hot(start_M, num_cells).bool()), placed(F.one_hot(end_M, num_cells).bool()), asked_MP)
+        stop = READ_LAYER if is_reading else None
+        return Guide(packed.source_A[is_run_A], wanted, GUIDED_LAYERS, GUIDED_HEADS, (PLACE_LAYER, READ_LAYER), stop)
 
     def _guided_loss(
-        self, packed: PackedSequence, shares: Tensor, probed_MD: Tensor
+        self, packed: PackedSequence, shares: Tensor, probed: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Heads look at the first and at the last cell of the run; the layers below them know row and column."""
+        """Heads look where the guide says; the layers below them know row, column and class; those above, the run."""
         is_run_A = packed.start_A >= 0
-        weight_M = packed.weight_A[is_run_A] / packed.weight_A[is_run_A].sum()
-        seen = (-shares.float().clamp(min=1e-12).log().mean(-1) * weight_M).sum(-1).mean()
         grid = self.model.projector.sizes.grid
-        cell_M = packed.start_A[is_run_A]
-        row_MG, column_MG = self.probe(F.rms_norm(probed_MD.float(), probed_MD.shape[-1:])).split(grid, -1)
-        places = F.cross_entropy(row_MG, cell_M // grid, reduction="none")
-        places = places + F.cross_entropy(column_MG, cell_M % grid, reduction="none")
-        known = (places * weight_M).sum()
-        right = (row_MG.argmax(-1) == cell_M // grid).float().mean().item()
-        figures = {"seen": seen.item(), "places": known.item(), "rows": right}
-        return self.options.guide_weight * (seen + known), figures
+        weight_M = packed.weight_A[is_run_A]
+        cell_M, length_M, topic_M = (x[is_run_A] for x in (packed.start_A, packed.length_A, packed.topic_A))
+        is_object_M = packed.is_asked_AT[is_run_A].gather(1, cell_M[:, None])[:, 0].long()
+        seen_H = (-shares.float().clamp(min=1e-12).log() * weight_M[:, None]).sum(1).mean(0) / weight_M.sum()
+        place = self.probe.place(probed[0]).split((grid, grid, len(self.model.classes)), -1)
+        read = self.probe.read(probed[1]).split((grid, 2), -1)
+        asked = {
+            "row": (place[0], cell_M // grid, weight_M, 1.0),
+            "column": (place[1], cell_M % grid, weight_M, 0.4),
+            "topic": (place[2], topic_M, weight_M * (topic_M >= 0), 1.0),
+            "length": (read[0], length_M - 1, weight_M * (length_M > 0), 2.0),
+            "object": (read[1], is_object_M, weight_M * (length_M > 0), 1.0),
+        }
+        loss = (seen_H * torch.tensor(GUIDED_HEAD_WEIGHTS)).sum()
+        figures = {f"seen {index}": value for index, value in enumerate(seen_H.tolist())}
+        for name, (logits, target, weight, share) in asked.items():
+            target = target.clamp(min=0)
+            nll = F.cross_entropy(logits, target, reduction="none")
+            loss = loss + share * (nll * weight).sum() / weight.sum().clamp(min=1)
+            is_right = (logits.argmax(-1) == target).float()
+            figures[name] = ((is_right * weight).sum() / weight.sum().clamp(min=1)).item()
+        return loss, figures
 
     def _average_gradients(self) -> None:
         if not dist.is_initialized():
@@ -389,6 +430,38 @@ class _Trainer:
         return state["step"], state["elapsed"]
 
 
+class _Probe(nn.Module):
+    """Reads off hidden states what they should hold; of use while training only."""
+
+    def __init__(self, sizes: ProjectorSizes) -> None:
+        super().__init__()
+        self.width = sizes.out_width
+        self.places = nn.Linear(sizes.out_width, 2 * sizes.grid + sizes.num_classes)
+        self.reads = nn.Linear(sizes.out_width, sizes.grid + 2)
+
+    def place(self, hidden_MD: Tensor) -> Tensor:
+        """Row, column and class of what was asked for, [M, G + G + classes]."""
+        return self.places(F.rms_norm(hidden_MD.float(), (self.width,)))
+
+    def read(self, hidden_MD: Tensor) -> Tensor:
+        """Length of the run, and whether it is of what was asked for, [M, G + 2]."""
+        return self.reads(F.rms_norm(hidden_MD.float(), (self.width,)))
+
+
+class _Topics:
+    """Which class an expression is about: the one whose name it holds, the longest if several do."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self._classes = sorted(enumerate(classes), key=lambda pair: -len(pair[1]))
+        self._known: dict[str, int] = {}
+
+    def of(self, text: str) -> int:
+        if text not in self._known:
+            found = (number for number, name in self._classes if re.search(rf"\b{re.escape(name)}\b", text))
+            self._known[text] = next(found, -1)
+        return self._known[text]
+
+
 def cell_losses(
     logits_NTK: Tensor,
     lengths_NTG: Tensor,
@@ -436,15 +509,17 @@ def new_model(
     embeddings = tensors["model.embed_tokens.weight"].float()
     typical = embeddings.norm(dim=1).median() * TOKEN_SCALE
 
-    def embedded(words: Sequence[str]) -> Tensor:
-        rows = [embeddings[tokenizer(word)["input_ids"]].mean(0) for word in words]
-        return F.normalize(torch.stack(rows), dim=1) * typical
+    def directions(*shape: int) -> Tensor:
+        return F.normalize(torch.randn(*shape, sizes.out_width), dim=-1) * typical
 
     with torch.no_grad():
-        projector.codebook_KD.copy_(embedded([f" {name}" for name in ("others", *classes)]))
-        projector.lengths_GD.copy_(embedded([str(number + 1) for number in range(sizes.grid)]))
-        # A direction a row and one a column, so that a row can be looked up from the start.
-        row_GD, column_GD = F.normalize(torch.randn(2, sizes.grid, sizes.out_width), dim=-1) * typical * PLACE_SHARE
+        names = [embeddings[tokenizer(f" {name}")["input_ids"]].mean(0) for name in ("others", *classes)]
+        names_KD = torch.stack(names)
+        # Without what all words have in common, so that one is told from another.
+        projector.codebook_KD.copy_(F.normalize(names_KD - names_KD.mean(0), dim=1) * typical)
+        # A direction a length, a row, a column, so that each can be looked up from the start.
+        projector.lengths_GD.copy_(directions(sizes.grid) * LENGTH_SHARE)
+        row_GD, column_GD = directions(2, sizes.grid) * PLACE_SHARE
         projector.place_TD.copy_((row_GD[:, None] + column_GD[None]).flatten(0, 1))
         projector.free.weight.zero_()
     llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=options.seed)
