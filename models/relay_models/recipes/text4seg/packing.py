@@ -161,13 +161,16 @@ class Packer:
                     topics.append(exchange.topic)
             start += len(exchange.ids)
         layout = PackedLayout(len(prefix), tuple(len(exchange.ids) for exchange in exchanges))
+        start_A, end_A, length_A = torch.tensor(runs).unbind(1)
         return PackedSequence(
             torch.tensor(ids),
             layout,
             torch.tensor(source),
             torch.tensor(target),
             torch.tensor(weight),
-            *torch.tensor(runs).unbind(1),
+            start_A,
+            end_A,
+            length_A,
             torch.from_numpy(np.stack(asked)),
             torch.tensor(topics),
         )

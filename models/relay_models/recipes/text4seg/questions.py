@@ -75,7 +75,8 @@ class QuestionMix:
 
     Attributes:
         num_absent: questions for classes that are not there, at most.
-        absent_expression_share: of these, how many say more than a name ("the leftmost dog").
+        instance_share: of expressions for single instances, how many are asked.
+        absent_expression_share: of questions for what is not there, how many say more than a name ("the leftmost dog").
         multi_class_share: of photos with a complete class or a known absent one, how many give a multi-class question.
         everything_share: of photos, how many give a question for everything.
         max_absent_listed: absent classes in a multi-class question.
@@ -86,6 +87,7 @@ class QuestionMix:
     """
 
     num_absent: int = 2
+    instance_share: float = 1.0
     absent_expression_share: float = 0.25
     multi_class_share: float = 0.5
     everything_share: float = 0.25
@@ -95,7 +97,13 @@ class QuestionMix:
     varies_templates: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("absent_expression_share", "multi_class_share", "everything_share", "max_ignored"):
+        for name in (
+            "instance_share",
+            "absent_expression_share",
+            "multi_class_share",
+            "everything_share",
+            "max_ignored",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise RelayModelsError(f"{name} must be from 0 to 1, got {getattr(self, name)}")
         for name in ("num_absent", "max_absent_listed"):
@@ -213,6 +221,8 @@ def _expression_questions(photo: Photo, grid: int, rng: np.random.Generator, mix
     for expression in photo.expressions:
         meant = [by_id[number] for number in expression.ids]
         if expression.kind == "class" and not all(photo.is_complete(instance.label) for instance in meant):
+            continue
+        if expression.kind != "class" and mix.instance_share < 1 and rng.random() >= mix.instance_share:
             continue
         cells_GG = union_cells(meant, grid)
         if cells_GG.any():

@@ -82,7 +82,8 @@ class TrainingOptions:
         true_cells: of sequences, in how many the cells' tokens say what is true, not what the projector believes.
         full_vocabulary_share: of predicted tokens, how many compete with the whole vocabulary; the others with
             the common tokens and those of the answers.
-        chat_every: steps between those that keep the chat as it was; 0 for none.
+        readings_between: steps after those minutes in which it is still so, for each that computes all layers.
+        chat_every: of the steps that compute all layers, each so manieth keeps the chat as it was; 0 for none.
         warmup_steps: until the learning rate is at its highest.
         held_share: of the time, for how much of it the rate stays there before it falls along a cosine to nothing.
         max_grad_norm: of the gradient, LoRA and projector each.
@@ -103,7 +104,8 @@ class TrainingOptions:
     guide_weight: float = 0.3
     true_cells: float = 0.5
     full_vocabulary_share: float = 0.1
-    chat_every: int = 6
+    readings_between: int = 2
+    chat_every: int = 5
     warmup_steps: int = 20
     held_share: float = 0.7
     max_grad_norm: float = 1.0
@@ -111,7 +113,9 @@ class TrainingOptions:
     processes: int = 2
     seed: int = 0
     mix: QuestionMix = field(
-        default_factory=lambda: QuestionMix(num_absent=2, multi_class_share=0.3, everything_share=0.1)
+        default_factory=lambda: QuestionMix(
+            num_absent=2, instance_share=0.2, multi_class_share=0.15, everything_share=0.05
+        )
     )
 
     def __post_init__(self) -> None:
@@ -228,8 +232,10 @@ class _Trainer:
         torch.manual_seed(int(rng.integers(1 << 31)))
         self.optimizer.zero_grad(set_to_none=False)
         self.model.llama.merge()
-        is_reading = time_used * self.options.minutes < self.options.reading_minutes
-        if not is_reading and self.data.chats and self.options.chat_every and step % self.options.chat_every == 0:
+        number, place = divmod(step, self.options.readings_between + 1)
+        is_reading = place > 0 or time_used * self.options.minutes < self.options.reading_minutes
+        chat_every = self.options.chat_every if self.data.chats else 0
+        if not is_reading and chat_every and number % chat_every == 0:
             figures = self._chat_step(rng)
         else:
             figures = self._picture_step(rng, is_reading)
@@ -550,4 +556,5 @@ def export(checkpoint: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".part")
     save_file({name: t.detach().to(torch.bfloat16).contiguous() for name, t in tensors.items()}, unfinished, metadata)
+    unfinished.chmod(0o644)  # safetensors writes 0600
     os.replace(unfinished, target)
