@@ -45,7 +45,7 @@ A vLLM server in which requests that share a prompt share its attention.
   train text4seg DATA ...   fine-tune a model on your masks
   eval text4seg DATA ...    how well a model segments
 
-Embedded: smollm2-135m-instruct, which chats.
+Embedded: relay-seg-tiny, which chats and answers pictures with masks (the default); smollm2-135m-instruct, which chats.
 
   vllm-relay serve --help       relay's flags and vLLM's groups of flags
   vllm-relay serve --help=all   every flag
