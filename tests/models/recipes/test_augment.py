@@ -114,6 +114,13 @@ def test_a_flip_moves_masks_and_swaps_words():
         ("left-hand cup", "right-hand cup"),
         ("the leftover pizza on a bright plate", "the leftover pizza on a bright plate"),
         ("the upright clock", "the upright clock"),
+        ("left dog", "right dog"),
+        ("the top-left cup", "the top-right cup"),
+        ("the far left one", "the far right one"),
+        ("the left-handed player", "the right-handed player"),
+        ("his left arm, at the woman's right shoulder", "his right arm, at the woman's left shoulder"),
+        ("the bag left of the chair facing right", "the bag right of the chair facing left"),
+        ("the cup in the lower left corner", "the cup in the lower right corner"),
     ],
 )
 def test_words_for_the_mirror_image(text, expected):
@@ -125,6 +132,39 @@ def test_words_for_the_mirror_image(text, expected):
 def test_a_right_that_is_no_side_is_dropped(text):
     shown = sample(DOG, says=(Expression(text, (2,), "relation"),))
     assert texts(flip(shown)) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the topleft dog",
+        "the dog at his left_hand",
+        "the leftish dog",
+        "the dog that left",
+        "the sandwich left uneaten",
+        "what's left of the cake",
+        "the right angle",
+        "the dog at side L",
+    ],
+)
+def test_a_side_that_cannot_be_told_from_something_else_is_dropped(text):
+    assert mirrored(text) is None
+    shown = sample(DOG, says=(Expression(text, (2,), "position"), expression("the dog", 2)))
+    assert texts(flip(shown)) == {"the dog": (2,)}
+
+
+@pytest.mark.parametrize("name", ["left lung", "Right-hand glove", "lung_left", "upperRightMolar", "lung L", "eye.r"])
+@pytest.mark.parametrize("field", ["absent", "unsure", "labelled_classes", "instances"])
+def test_a_photo_with_a_class_that_is_a_side_is_not_flipped(name, field):
+    shown = sample(DOG, LEFT, says=(expression("the leftmost dog", 2),))
+    named = (DOG, replace(LEFT, label=name)) if field == "instances" else ("person", name)
+    shown = Sample(shown.image, replace(shown.photo, **{field: named}))
+    assert flip(shown) is shown
+
+
+def test_a_class_that_only_sounds_like_a_side_is_flipped():
+    shown = sample(DOG, absent=("bright star", "leftovers", "upright piano", "playwright", "L4 vertebra"))
+    np.testing.assert_array_equal(flip(shown).photo.instances[0].mask_HW, DOG.mask_HW[:, ::-1])
 
 
 def test_a_side_before_a_place_is_kept():
@@ -187,6 +227,25 @@ def test_the_only_one_stays_the_only_one():
     assert not texts(crop(sample(replace(LEFT, is_group=True), says=says), (0, 0, 50, 80)))
 
 
+@pytest.mark.parametrize(
+    ("text", "is_kept"),
+    [
+        ("all people", True),
+        ("the brown people", True),
+        ("all three people", False),
+        ("the trio", False),
+        ("3 people in the picture", False),
+        ("a dozen people", False),
+    ],
+)
+def test_a_crop_that_cuts_one_off_drops_a_number(text, is_kept):
+    middle = instance(3, "person", 40, 5, 50, 40)
+    says = (Expression(text, (0, 1, 3), "class"),)
+    shown = sample(LEFT, RIGHT, middle, says=says)
+    assert texts(crop(shown, (0, 0, 60, 80))) == ({text: (0, 3)} if is_kept else {})
+    assert texts(crop(shown, (0, 0, 95, 80))) == {text: (0, 1, 3)}
+
+
 @pytest.mark.parametrize("window", [(0, 0, 101, 80), (-1, 0, 5, 5), (5, 5, 5, 9)])
 def test_a_window_outside_is_refused(window):
     with pytest.raises(RelayModelsError, match="window"):
@@ -232,6 +291,40 @@ def test_a_mosaic_names_all_of_a_class_or_nothing():
     assert texts(four(one, sample(DOG))) == {"the person": (0,), "the only person": (0,)}
     # In the second picture to the right nobody is the leftmost any more, and "the person" is one of three.
     assert texts(four(one, two)) == {"all people": (0, 1, 2)}
+
+
+def test_a_crop_drops_the_number_of_a_group():
+    says = (Expression("two people", (0,), "class"), Expression("people", (0,), "class"))
+    one = sample(LEFT, says=says)
+    assert list(texts(crop(one, (0, 0, 15, 80)))) == ["two people", "people"]
+    group = sample(replace(LEFT, is_group=True), says=says)
+    assert list(texts(crop(group, (0, 0, 15, 80)))) == ["people"]
+
+
+PLAIN = ("all people", "people", "The People", "all of the persons in the photo", "the people in this picture")
+SAYS_MORE = ("both people", "two people", "all two people", "tall people", "the people on the sofa", "the humans")
+
+
+def test_where_others_join_only_the_class_alone_still_names_all():
+    says = tuple(Expression(text, (0, 1), "class") for text in (*PLAIN, *SAYS_MORE))
+    two = sample(LEFT, RIGHT, says=says)
+    assert texts(four(two, sample(LEFT))) == dict.fromkeys(PLAIN, (0, 1, 2))
+    # No other person joins: what is said of these two stays true, but for a kind of thing.
+    assert texts(four(two, sample(DOG))) == dict.fromkeys((*PLAIN, *SAYS_MORE[:-1]), (0, 1))
+
+    donor = sample(instance(4, "person", 40, 30, 60, 50))
+    changed = [copy_paste(two, donor, 4, np.random.default_rng(seed)) for seed in range(10)]
+    pasted = [item for item in changed if item is not two]
+    assert pasted
+    assert all(texts(item) == dict.fromkeys(PLAIN, (0, 1, 2)) for item in pasted)
+
+
+def test_words_for_some_of_a_class_do_not_become_words_for_all():
+    """What is annotated as a class but means only some of it says more than the class."""
+    shown = sample(
+        LEFT, RIGHT, instance(3, "person", 40, 5, 50, 40), says=(Expression("tall people", (0, 3), "class"),)
+    )
+    assert texts(crop(shown, (0, 0, 95, 80))) == {}
 
 
 def test_a_mosaic_keeps_an_order_that_still_holds():

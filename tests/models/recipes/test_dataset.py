@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from relay_models.masks import coco_rle, from_coco_rle
+from relay_models.recipes.text4seg import dataset
 from relay_models.recipes.text4seg.dataset import (
     DatasetError,
     Expression,
@@ -109,6 +111,7 @@ def changed(path: str, value) -> dict:
         ("file", "../secret.png", ["file", "without '..'", "'../secret.png'"]),
         ("file", "/etc/passwd", ["file", "must be a relative path", "'/etc/passwd'"]),
         ("file", "images/none.png", ["file", "'images/none.png'"]),
+        ("file", "images/" + "a" * 300 + ".png", ["file", "'images/aaa", "File name too long"]),
         ("file", 7, ["file", "7"]),
         ("width", 0, ["width", "0"]),
         ("width", True, ["width", "True"]),
@@ -259,18 +262,20 @@ def test_coco_polygons_and_both_rles_are_read(folder):
     assert (full.is_negative, empty.is_negative) == (False, True)
 
 
-def test_several_polygons_are_one_instance(folder):
+@pytest.mark.parametrize("number", range(1, 8))
+def test_several_polygons_are_one_instance(folder, number):
     value = coco()
     value["annotations"] = [
         {
             "id": 1,
             "image_id": 10,
             "category_id": 1,
-            "segmentation": [[0, 0, 2, 0, 2, 2, 0, 2], [5, 5, 9, 5, 9, 7, 5, 7]],
+            "segmentation": [[x, 0, x + 1, 0, x + 1, x + 1, x, x + 1] for x in range(number)],
         }
     ]
     (instance,) = load_coco(write_coco(folder, value), folder)[0].instances
-    np.testing.assert_array_equal(instance.mask_HW, rectangle(0, 0, 2, 2) | rectangle(5, 5, 9, 7))
+    staircase_HW = np.arange(HEIGHT)[:, None] <= np.where(np.arange(WIDTH) < number, np.arange(WIDTH), -1)
+    np.testing.assert_array_equal(instance.mask_HW, staircase_HW)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +294,9 @@ def test_several_polygons_are_one_instance(folder):
         ("annotations.0.segmentation", [[0, 0, 1, 1, 2, 2, 3]], ["annotations[0].segmentation[0]"]),
         ("annotations.0.segmentation", [[0, 0, 1e9, 0, 5, 5]], ["annotations[0].segmentation[0][2]", "1000000000.0"]),
         ("annotations.0.segmentation", [[0, 0, "1", 0, 5, 5]], ["annotations[0].segmentation[0][2]", "'1'"]),
+        ("annotations.0.segmentation", [[0, 0, 10**400, 0, 5, 5]], ["annotations[0].segmentation[0][2]", "10000"]),
+        ("annotations.0.segmentation", [[0, 0, 1e999, 0, 5, 5]], ["annotations[0].segmentation[0][2]", "inf"]),
+        ("images.0.file_name", "images/" + "a" * 300, ["images[0].file_name", "'images/aaa", "File name too long"]),
         ("annotations.0.segmentation", [[0, 0, 0, 0, 0, 0]], ["annotations[0].segmentation", "no pixel"]),
         ("annotations.1.segmentation.size", [WIDTH, HEIGHT], ["annotations[1].segmentation.size", "[9, 7]"]),
         ("annotations.2.segmentation.counts", [1, 2], ["annotations[2].segmentation", "counts adds up to 3"]),
@@ -314,6 +322,33 @@ def test_a_polygon_that_is_not_a_number_is_refused(folder):
     path.write_text(text)
     with pytest.raises(DatasetError, match=r"annotations\[0\]\.segmentation\[0\]\[1\].*nan"):
         load_coco(path, folder)
+
+
+@pytest.mark.parametrize(
+    "polygons", [[[0, 0, 60_000, 2_000] * 20], [[0, 0, 60_000, 2_000, 0, 2_000]] * 20, [[0, 0, 60_000.5, 2_000] * 17]]
+)
+def test_an_outline_that_runs_across_its_picture_too_often_is_refused(folder, polygons):
+    value = coco()
+    value["images"][0].update(width=60_000, height=2_000)
+    value["annotations"] = [{"id": 1, "image_id": 10, "category_id": 1, "segmentation": polygons}]
+    with pytest.raises(
+        DatasetError, match=r"instances\.json: annotations\[0\]\.segmentation has outlines of 2\d{6} .*than 2000000"
+    ):
+        load_coco(write_coco(folder, value), folder)
+
+
+@pytest.mark.parametrize(
+    ("polygons", "length"),
+    [([[0, 0, 9, 0, 9, 7]], 9 + 7 + 9), ([[0, 0, 9, 0, 9, 7], [1, 1] * 30], 25 + 30), ([[0, 0, 8.5, 6, 0, 7]] * 2, 50)],
+)
+def test_an_outline_is_as_long_as_its_edges_and_its_corners(folder, monkeypatch, polygons, length):
+    value = coco()
+    value["annotations"] = [{"id": 1, "image_id": 10, "category_id": 1, "segmentation": polygons}]
+    monkeypatch.setattr(dataset, "MAX_OUTLINE", length)
+    assert load_coco(write_coco(folder, value), folder)[0].instances
+    monkeypatch.setattr(dataset, "MAX_OUTLINE", length - 1)
+    with pytest.raises(DatasetError, match=f"outlines of {length} pixels in all, more than {length - 1}"):
+        load_coco(write_coco(folder, value), folder)
 
 
 @pytest.mark.parametrize("field", ["images", "categories", "annotations"])
@@ -456,6 +491,18 @@ def test_the_same_pseudo_labelled_photos_are_withheld_in_any_order():
         withhold_pseudo(photos, ["bus"])
 
 
+@pytest.mark.parametrize(("num_photos", "expected"), [(1, 1), (4, 1), (14, 1), (15, 2), (25, 2), (35, 4)])
+def test_a_class_of_few_pseudo_labelled_photos_has_one_withheld(num_photos, expected):
+    photos = [
+        Photo(f"{index}.jpg", WIDTH, HEIGHT, (Instance.of(0, "cat", CAT, is_pseudo=index < num_photos),))
+        for index in range(num_photos + 10)
+    ]
+    withheld = withhold_pseudo(photos, ["cat"])[1]
+    assert len(withheld) == expected
+    assert all(photo.instances[0].is_pseudo for photo in withheld)
+    assert withhold_pseudo(photos, ["cat"], share=0)[1] == []
+
+
 # ---------------------------------------------------------------- the real one
 
 
@@ -474,7 +521,10 @@ def test_seg_tiny_is_read_as_its_readme_says():
     assert all(photo.open().size == (photo.width, photo.height) for photo in val[:10])
     withheld = withhold_pseudo(train, ["dog", "bird"])[1]
     assert len(withheld) == 15
-    assert withheld[0].file == "images/in1k-n01537544_indigo_bunting.jpg"
+    # relay-seg-tiny was trained without these and is evaluated on them.
+    assert (
+        hashlib.sha256("\n".join(photo.file for photo in withheld).encode()).hexdigest().startswith("5fc9f66a79ca5dc8")
+    )
     for text in (SEG_TINY / "val.jsonl").read_text().splitlines()[:5]:
         row = json.loads(text)
         photo = next(photo for photo in val if photo.file == row["file"])

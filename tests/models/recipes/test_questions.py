@@ -23,6 +23,7 @@ from relay_models.recipes.text4seg.questions import (
     class_question,
     ignored_spans,
     instance_cells,
+    known_absent,
     label_map,
     questions_of,
 )
@@ -141,6 +142,13 @@ def test_outside_of_the_labelled_classes_nothing_is_asked():
     found = ask(shown)
     assert [item.labels[1] for item in found if item.kind == "class"] == ["cat"]
     assert only(found, "classes").labels == ("others", "cat")
+
+
+def test_absent_is_what_the_photo_says_is_absent_and_no_more():
+    """It may say so of a class outside of the labelled ones. That a labelled one has no mask is not said to be that."""
+    shown = photo(CAT, labelled_classes=("cat", "bus"), absent=("kite", "cat", "dog"), unsure=("dog",))
+    assert known_absent(shown) == ("kite",)
+    assert only(ask(shown, replace(EVERY_KIND, absent_expression_share=0)), "absent").labels[1] in ("kite", "the kite")
 
 
 def test_an_absent_class_is_answered_with_nothing():

@@ -4,12 +4,16 @@ Legend: H rows and W columns of the picture; x and y are fractions of its width 
 
 The changes: `flip`, `crop`, `mosaic` of four, `copy_paste`; `Augmentation` draws them at random. What becomes of
     masks: changed with the picture; what is covered or cut off is taken away, and an instance without pixels is gone.
-    expressions: kept only where they can be shown to hold.
+    expressions: kept only where they can be shown to hold; what they say is read as English.
         class: names what is there of its class in the new picture. It is dropped where singular and plural no longer
             fit, where the class is no longer complete, and where it does not name its class ("the animal") while other
-            classes came in.
-        position, size, relation: a flip swaps left and right in the words. Any other change keeps an expression only
-            if it is one of the sentences understood here (`holds`), and it holds in the new picture by a margin.
+            classes came in. What says more than the class ("brown dogs") is dropped where others of the class joined,
+            and what counts ("both dogs") also where some may be gone.
+        position, size, relation: any change but a flip keeps an expression only if it is one of the sentences
+            understood here (`holds`), and it holds in the new picture by a margin.
+        A flip swaps left and right in the words of every kind, and drops an expression in which a word for a side
+            cannot be told from something else ("the dog that left", "the topleft dog").
+    classes that are sides ("left lung"): a photo that names one is not flipped.
     `absent`: only what no part of the new picture may show. A class of which a crop cut everything off becomes absent.
     `unsure`, `labelled_classes`: a class is complete in a picture made of several only where it is in each of them.
     `is_crowd`, `is_group`, `is_pseudo`: stay with their masks.
@@ -48,16 +52,34 @@ PASTE_SIZES = (0.15, 0.6)  # the longer side of what is pasted, as a share of th
 MIN_VISIBLE = 0.3  # of an instance, below which a paste that covers it is not made
 
 _SWAPPED = {"left": "right", "right": "left"}
-_SIDE = re.compile(r"\b(left|right)(?=(?:most|ward|wards|hand|-hand|side)?\b)", re.IGNORECASE)
-# What may be no side: "right behind the car", "the cup left on the table". No flip can tell what becomes of it.
+_SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
+# Whatever may say a side: "left", "topleft", "left_hand", "lung L"; and those of such words that never do.
+_WORD_WITH_SIDE = re.compile(r"\w*(?:left|right)\w*|(?<![^\W_])[lr](?![^\W_])", re.IGNORECASE)
+_NEVER_A_SIDE = re.compile(r"(?:al|b|copy|f|up|(?:play|ship|wheel)?w)right[a-z]*|leftovers?|clefts?", re.IGNORECASE)
+# A bare "left" or "right" is a side after one of these words, or before one of those. Elsewhere it may be a verb.
+_BEFORE_SIDE = re.compile(
+    r"(?:\A|\b(?:the|an?|no|to|on|in|at|from|with|his|her|its|their|our|your|my|very|far|near|first|second|third|fourth"
+    r"|top|bottom|upper|lower|middle|front|back|rear|facing|looking|turning|turned|pointing|leaning|heading)[ -]"
+    r"|\b(?!(?:all|everything|he|it|one|she|that|there|what|who)['’])\w+['’]s )\Z",
+    re.IGNORECASE,
+)
+_AFTER_SIDE = re.compile(r"[ -](?:of|hand|handed|side|most|edge|corner)\b", re.IGNORECASE)
+# What is no side: "right behind the car", "the cup left on the table", "what is left of it", "the right angle".
 _NO_SIDE = re.compile(
-    r"(?<!the )(?<!far )(?<!upper )(?<!lower )(?<!top )(?<!bottom )\b(?:left|right) "
-    r"(?:above|after|alone|at|before|behind|below|beside|by|here|in|next|now|on|out|over|there|under|up)\b",
+    r"(?<!at the )(?<!from the )(?<!in the )(?<!on the )(?<!to the )"
+    r"(?<!far )(?<!upper )(?<!lower )(?<!top )(?<!bottom )\b(?:left|right)[ -]"
+    r"(?:above|after|alone|at|away|before|behind|below|beside|by|here|in|next|now|on|out|over|there|under|up)\b"
+    r"|(?:['’]s|\b(?:are|has|have|is|was|were)) left of\b|\bright[ -](?:angle|triangle|whale)",
     re.IGNORECASE,
 )
 
 _IRREGULAR_PLURALS = {"person": "people", "mouse": "mice", "sheep": "sheep", "skis": "skis", "scissors": "scissors"}
 _SINGULAR_ONLY = re.compile(r"\bonly\b", re.IGNORECASE)
+_COUNTED = re.compile(
+    r"\b(?:\d+|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|twenty|dozens?|hundreds?|both|few"
+    r"|several|many|numerous|pairs?|couples?|duo|twins|trio|triplets|quartet|quintet)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,21 +109,42 @@ def opened(photo: Photo) -> Sample:
 
 
 def flip(sample: Sample) -> Sample:
-    """The mirror image, left and right swapped in the words."""
+    """The mirror image, left and right swapped in the words. Unchanged where the photo names a class that is a side."""
     photo = sample.photo
+    classes = (*photo.labels, *photo.absent, *photo.unsure, *(photo.labelled_classes or ()))
+    if any(_sides(label) for label in classes):
+        return sample
     instances = tuple(_with_mask(instance, instance.mask_HW[:, ::-1]) for instance in photo.instances)
     expressions = tuple(
-        replace(expression, text=mirrored(expression.text))
+        replace(expression, text=text)
         for expression in photo.expressions
-        if not _NO_SIDE.search(expression.text)
+        if (text := mirrored(expression.text)) is not None
     )
     image = sample.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return Sample(image, replace(photo, instances=instances, expressions=expressions))
 
 
-def mirrored(text: str) -> str:
-    """The words for the mirror image: `leftmost` for `rightmost`, `to the Left of` for `to the Right of`."""
+def mirrored(text: str) -> str | None:
+    """The words for the mirror image: `leftmost` for `rightmost`, `to the Left of` for `to the Right of`.
+
+    None where a word may be a side, or may not.
+    """
+    if _NO_SIDE.search(text) or not all(_is_surely_side(match) for match in _sides(text)):
+        return None
     return _SIDE.sub(lambda match: _in_case_of(match.group(1), _SWAPPED[match.group(1).lower()]), text)
+
+
+def _sides(text: str) -> list[re.Match[str]]:
+    """The words that may say a side."""
+    return [match for match in _WORD_WITH_SIDE.finditer(text) if not _NEVER_A_SIDE.fullmatch(match.group())]
+
+
+def _is_surely_side(match: re.Match[str]) -> bool:
+    if not _SIDE.match(match.group()):
+        return False
+    is_bare = match.group().lower() in _SWAPPED
+    before, after = match.string[: match.start()], match.string[match.end() :]
+    return not is_bare or bool(_BEFORE_SIDE.search(before) or _AFTER_SIDE.match(after))
 
 
 def _in_case_of(model: str, word: str) -> str:
@@ -325,18 +368,38 @@ def _kept_class(expression: Expression, before: Photo | None, after: Photo) -> E
         return None
     if was_one != (len(meant) == 1):
         return None
-    return replace(expression, ids=tuple(instance.id for instance in meant))
+    ids = tuple(instance.id for instance in meant)
+    if not names_only_class(expression.text, label):
+        have_others_joined = not set(ids) <= set(expression.ids)
+        # Of a group or a crowd some may be gone.
+        may_be_fewer = len(ids) < len(expression.ids) or not all(instance.is_one_object for instance in meant)
+        if have_others_joined or (may_be_fewer and _COUNTED.search(expression.text)):
+            return None
+    return replace(expression, ids=ids)
 
 
 def names_class(text: str, label: str) -> bool:
     """Whether the text names this class, in the singular or in an English plural, and not just a kind of it."""
     words = text.lower().split()
-    name = label.lower().split()
-    return any(_contains(words, [*name[:-1], last]) for last in (name[-1], *_plurals(name[-1])))
+    return any(_contains(words, name.split()) for name in _names(label))
+
+
+def names_only_class(text: str, label: str) -> bool:
+    """Whether the text names this class and says no more of it: "all dogs", "the dogs in the photo", "dog"."""
+    names = "|".join(map(re.escape, _names(label)))
+    all_of = r"(?:(?:all(?: of)?(?: the)?|the|every|each|any|an?) )?"
+    in_picture = r"(?: in (?:the|this) (?:image|photo|picture|scene))?"
+    return re.fullmatch(f"{all_of}(?:{names}){in_picture}", text.lower()) is not None
 
 
 def _contains(words: list[str], name: list[str]) -> bool:
     return any(words[start : start + len(name)] == name for start in range(len(words)))
+
+
+def _names(label: str) -> tuple[str, ...]:
+    """The label in lower case, and its English plurals."""
+    *first, last = label.lower().split()
+    return tuple(" ".join([*first, form]) for form in (last, *_plurals(last)))
 
 
 def _plurals(word: str) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ What is *not* known is part of the data, and the questions made from a photo mus
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -41,6 +40,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 MAX_SIDE = 65_535  # of a photo, as in `relay_models.images.ImageLimits`
 MAX_PIXELS = 178_956_970
 MAX_INSTANCES = 10_000  # of one photo
+MAX_OUTLINE = 2_000_000  # of one annotation's polygons, in pixels along their edges; 100 bytes each while it is drawn
 
 _SHOWN_CHARACTERS = 80
 _PNG_BIT_DEPTH, _PNG_COLOUR_TYPE = 24, 25  # where a PNG's header says so
@@ -120,7 +120,7 @@ class Photo:
         width, height: in pixels, upright.
         instances: may overlap; ids are unique.
         expressions: each about instances of this photo.
-        absent: classes known not to be in the photo.
+        absent: classes known not to be in the photo, be they annotated in it or not.
         unsure: classes that may be in it without all of their masks.
         labelled_classes: the only classes annotated at all, or None where all of the data set's are.
         is_negative: known to show no object of the data set's classes.
@@ -194,8 +194,8 @@ def withhold_pseudo(
 ) -> tuple[list[Photo], list[Photo]]:
     """The photos to train on, and those to keep back: of each class ``share`` of those with a pseudo-labelled mask.
 
-    Which ones depends on the files, the class and the seed, not on the order of photos or of other classes. Both lists
-    keep the order given.
+    Of each class at least one is kept back, unless the share is 0. Which ones depends on the files, the class and the
+    seed, not on the order of photos or of other classes. Both lists keep the order given.
 
     Raises:
         DatasetError: the share is not from 0 to 1, or a class has no pseudo-labelled mask.
@@ -208,7 +208,8 @@ def withhold_pseudo(
         if not files:
             raise DatasetError(f"labels names {label!r}, of which no photo has a pseudo-labelled mask")
         order = np.random.default_rng([seed, len(files)]).permutation(len(files))
-        withheld.update(files[index] for index in order[: round(share * len(files))])
+        num_withheld = max(1, round(share * len(files))) if share else 0
+        withheld.update(files[index] for index in order[:num_withheld])
     kept = [photo for photo in photos if photo.file not in withheld]
     return kept, [photo for photo in photos if photo.file in withheld]
 
@@ -318,7 +319,7 @@ def load_coco(path: str | Path, image_folder: str | Path) -> list[Photo]:
 
     Raises:
         DatasetError: the file cannot be read, a field is missing or malformed, an id is met twice or belongs to
-            nothing, or a polygon lies outside of its picture.
+            nothing, a polygon lies far outside of its picture, or polygons are longer than `MAX_OUTLINE`.
     """
     path, image_folder = Path(path), Path(image_folder)
     record = _Record(_parsed(_read_bytes(path), str(path)), str(path))
@@ -384,11 +385,31 @@ def _filled_polygons(annotation: _Record, polygons: list[Any], width: int, heigh
         for place, value in enumerate(polygon):
             side = height if place % 2 else width
             is_number = type(value) is float or type(value) is int
-            if not is_number or not math.isfinite(value) or not -side <= value <= 2 * side:
+            if not is_number or not -side <= value <= 2 * side:  # NaN is nowhere
                 raise annotation.error(
                     f"{field}[{place}]", f"must be a coordinate in the {width}x{height} picture, got {_shown(value)}"
                 )
-    return from_coco_rle(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
+    length = sum(map(_outline_length, polygons))
+    if length > MAX_OUTLINE:
+        raise annotation.error(
+            "segmentation",
+            f"has outlines of {length} pixels in all, more than {MAX_OUTLINE}: simplify them, or give a COCO RLE",
+        )
+    return from_coco_rle(_merged(coco_mask.frPyObjects(polygons, height, width)))
+
+
+def _outline_length(polygon: list[float]) -> int:
+    """In pixels: the longer of the width and the height of each edge, and at least one for each corner."""
+    corners_N2 = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    edges_N2 = np.abs(corners_N2 - np.roll(corners_N2, 1, axis=0))
+    return int(np.ceil(edges_N2.max(axis=1)).clip(1).sum())
+
+
+def _merged(rles: list[dict[str, Any]]) -> dict[str, Any]:
+    """Their union. Two by two, because COCO's code takes one after the other, in time quadratic in their number."""
+    while len(rles) > 1:
+        rles = [coco_mask.merge(rles[start : start + 2]) for start in range(0, len(rles), 2)]
+    return rles[0]
 
 
 # ---------------------------------------------------------------- PNG masks
@@ -638,7 +659,13 @@ class _Record:
         name = PurePosixPath(value)
         if not value or "\0" in value or "\\" in value or name.is_absolute() or ".." in name.parts:
             raise self.error(field, f"must be a relative path without '..', got {_shown(value)}")
-        if not (folder / name).is_file():
+        try:
+            is_there = (folder / name).is_file()
+        except OSError as error:
+            raise self.error(
+                field, f"is {_shown(value)}, which cannot be looked up: {error.strerror or error}"
+            ) from error
+        if not is_there:
             raise self.error(field, f"is {_shown(value)}, but there is no file {folder / name}")
         return value
 

@@ -11,7 +11,10 @@ The kinds of questions, in the sentences of arXiv 2410.09855 (`relay_models.text
 Masks are joined first and then reduced to the grid by the nearest pixel, as the paper does.
 
 What it promises:
-    - A class in `unsure`, or outside of `labelled_classes`, is never asked for by its class nor used as absent.
+    - All of a class is asked for only where its masks are complete: it is not in `unsure`, and it is one of
+      `labelled_classes`, where these are given. Of any other class only single instances are asked for, by expressions
+      of position, size or relation; `everything` names it where it has a mask.
+    - Absent is what the photo lists in `absent`, within `labelled_classes` or not (`known_absent`).
     - A cell whose truth is unknown is marked in `ignore_GG`, and `ignored_spans` tells which characters of the answer
       depend on it. What is written there (`others`, or a label) is a place holder that no loss may see:
         one instance: cells of crowds and groups of the same class. (Of a whole class they are a certain part.)
@@ -254,7 +257,10 @@ def _absent_questions(photo: Photo, grid: int, rng: np.random.Generator, mix: Qu
 
 
 def known_absent(photo: Photo) -> tuple[str, ...]:
-    """Classes that are surely not in the photo."""
+    """The classes that the photo lists in `absent`, in that order, be they among its `labelled_classes` or not.
+
+    Left out are those that are also in `unsure`, or have a mask. A complete class without a mask is not added.
+    """
     present = set(photo.labels)
     return tuple(label for label in photo.absent if label not in photo.unsure and label not in present)
 
