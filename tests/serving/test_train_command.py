@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,6 +209,7 @@ def test_what_a_server_refuses_is_told(data, truth):
         (["--url", "http://x", "--images", "here"], "--images is 'here'"),
         (["--url", "http://x", "--kinds", "colour"], "kinds must be of .*'colour'"),
         (["--url", "http://x", "--withheld", "cat"], "'cat', of which no photo has a pseudo-labelled mask"),
+        (["--url", "http://x", "--seed", "-1"], "seed must not be negative, got -1"),
     ],
 )
 def test_a_mistake_is_named(data, flags, problem):
@@ -235,6 +239,89 @@ def test_a_number_that_is_none_is_refused(data, value, capsys):
 def test_a_model_that_does_not_start_is_told(data):
     with pytest.raises(EngineStartError, match="ended with status 2 before it was ready"):
         train_command.run_eval([str(data), "--model", "./no-such-model"])
+
+
+def described(folder: Path, file: str) -> Path:
+    """A data set of one photo, by JSON lines, which do not open it."""
+    cat = {"id": 0, "label": "cat", "mask": dict(coco_rle(np.asarray(mask(4, 4, 20, 20)) > 0))}
+    line = {"file": file, "width": WIDTH, "height": HEIGHT, "instances": [cat]}
+    (folder / "set.jsonl").write_text(json.dumps(line) + "\n")
+    return folder / "set.jsonl"
+
+
+def test_only_pictures_are_sent(truth, tmp_path):
+    server, url = truth
+    (tmp_path / "secret.jpg").write_text("no picture")
+    Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "turned.jpg")
+    with pytest.raises(UsageError, match=r"secret\.jpg .*send one of"):
+        train_command.run_eval([str(described(tmp_path, "secret.jpg")), "--url", url])
+    with pytest.raises(UsageError, match=r"turned\.jpg: is 30x40 upright, but is annotated as 40x30"):
+        train_command.run_eval([str(described(tmp_path, "turned.jpg")), "--url", url])
+    assert server.requests == []
+
+
+@pytest.fixture
+def spoken() -> Iterator[tuple[list[bytes], str]]:
+    """A server that says whatever the list holds, byte by byte, and hangs up."""
+    said: list[bytes] = []
+
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(said[0])
+
+    tcp = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=tcp.serve_forever, daemon=True)
+    thread.start()
+    yield said, f"http://127.0.0.1:{tcp.server_address[1]}"
+    tcp.shutdown()
+    thread.join()
+    tcp.server_close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", id="of another protocol"),
+        pytest.param(b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"data"', id="cut short"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", id="of chunks that are none"),
+        pytest.param(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n", id="of too many headers"),
+        pytest.param(b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", id="an error's, unreadable"),
+        pytest.param(b"", id="nothing"),
+    ],
+)
+def test_an_answer_that_is_no_http_is_told(data, spoken, answer):
+    said, url = spoken
+    said.append(answer)
+    with pytest.raises(RelayServingError, match=r"http://127\.0\.0\.1:\d+/v1/models (does not answer|answered 500)"):
+        train_command.run_eval([str(data), "--url", url])
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://", "http://x:99999", "ftp://x"])
+def test_a_url_that_names_no_server_is_refused(data, url):
+    with pytest.raises(UsageError, match=rf"--url is '{re.escape(url)}'; it must begin with http:// or https:// and"):
+        train_command.run_eval([str(data), "--url", url])
+
+
+def test_a_url_with_a_blank_is_told(data):
+    with pytest.raises(RelayServingError, match=r"a b/v1/models does not answer: URL can't contain"):
+        train_command.run_eval([str(data), "--url", "http://127.0.0.1:1/a b"])
+
+
+def test_a_server_here_is_asked_without_a_proxy(data, truth, monkeypatch):
+    _, url = truth
+    monkeypatch.setattr("urllib.request._opener", None)  # made of the environment, once a process
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for host in ("127.0.0.1", "localhost"):
+        assert train_command.run_eval([str(data), "--url", url.replace("127.0.0.1", host), "--limit", "1"]) == 0
+    monkeypatch.setattr(train_command, "START_LIMIT_SECONDS", 3)
+    train_command._wait_until_healthy(url, SimpleNamespace(poll=lambda: None, returncode=None))
+    with pytest.raises(RelayServingError, match=r"http://relay\.invalid/v1/models does not answer: .*refused"):
+        train_command.run_eval([str(data), "--url", "http://relay.invalid"])
 
 
 # ---------------------------------------------------------------- the real server
@@ -276,6 +363,14 @@ def test_a_server_is_started_for_a_model(data, tiny_llava, capsys):
 def test_a_mistake_in_training_is_named(data, flags, problem):
     with pytest.raises(UsageError, match=problem):
         train_command.run_train([str(data), *flags])
+
+
+def test_a_seed_that_cannot_be_is_named_for_relay_seg_tiny_too(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_command.embedded_model, "prepare", lambda name: tmp_path)
+    monkeypatch.setattr(train_command.embedded_model, "prepare_encoder", lambda folder: tmp_path)
+    words = [str(data), "--model", "relay-seg-tiny", "--output", str(tmp_path / "run"), "--seed", "-1"]
+    with pytest.raises(UsageError, match="seed must not be negative, got -1"):
+        train_command.run_train(words)
 
 
 def test_training_names_what_it_needs(data, capsys):

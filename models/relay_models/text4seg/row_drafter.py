@@ -359,6 +359,8 @@ def _counts_beginning(digits: str, room: int) -> Iterator[int]:
 
 # ---------------------------------------------------------------- tokens
 
+MAX_CACHED_LENGTH = 256  # characters of a text whose tokens are kept
+
 
 class Vocabulary:
     """Tokens to text and back, for one tokenizer.
@@ -445,7 +447,7 @@ class Vocabulary:
 
     def _marked(self, line: str, row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """As `encode`, with the marks of this row."""
-        tokens, ends = self.encode(line)
+        tokens, ends = self.encode(line) if len(line) <= MAX_CACHED_LENGTH else self._encode(line)
         if not 0 < row <= len(self._marks):
             return tokens, ends
         mark = self._marks[row - 1]
@@ -475,7 +477,8 @@ def _num_tokens_to(place: int, ends: Sequence[int]) -> int | None:
 TAG_REACH = 8  # tokens before a step's own in which a tag may have begun
 CONTEXT_TOKENS = 256  # tokens before a tag in which a label may have been named
 MAX_CONTEXT_LENGTH = 2048  # characters of them
-MAX_LINE_LENGTH = 1 << 14  # characters; the longest line of 255 runs is shorter unless labels are odd
+MAX_LINE_LENGTH = 2048  # characters of a line that is drafted from or to; usual ones have a tenth of that
+MAX_OPEN_LENGTH = 1 << 14  # characters of a line that may yet end; 255 runs are shorter unless labels are odd
 MAX_OPEN_BLOCKS = 1024  # of requests that went away in the middle of a block, most of them
 LEAST_CHANCE = 0.1  # a token that is less likely to be kept is not drafted
 PRIOR_GUESSES = 4.0
@@ -488,7 +491,7 @@ class OpenBlock:
     Attributes:
         begin: place of its first token in the request.
         tokens: all tokens from there on; the first ones are the tag and what stood before it.
-        rows: its whole rows; an empty one for a line that could not be read.
+        rows: its whole rows; an empty one for a line that could not be read, or is too long to be.
         is_closed: its closing tag was written, or it has become something that is no descriptor.
     """
 
@@ -529,13 +532,13 @@ class OpenBlock:
     def read(self, text: str) -> None:
         """Take text of the block."""
         *lines, self._line = (self._line + text).split("\n")
-        self.rows += [parse_row(line) or () for line in lines]
-        is_endless = len(self.rows) > MAX_SIDE or len(self._line) > MAX_LINE_LENGTH
+        self.rows += map(_read_row, lines)
+        is_endless = len(self.rows) > MAX_SIDE or len(self._line) > MAX_OPEN_LENGTH
         self.is_closed = is_endless or CLOSE_TAG in self._line
 
     def draft(self, limit: int) -> list[int]:
         """At most ``limit`` tokens that probably come next."""
-        if self.is_closed or self._half_character:
+        if self.is_closed or self._half_character or len(self._line) > MAX_LINE_LENGTH:
             return []
         rest = "".join(self._likely_pieces(limit))
         head = "\n" if self.rows else OPEN_TAG
@@ -544,13 +547,14 @@ class OpenBlock:
     def _likely_pieces(self, limit: int) -> Iterator[str]:
         """Pieces until the draft is long enough or too unlikely. The one that was too unlikely is watched as well."""
         self._expected = []
-        chance, num_tokens = CERTAIN, 0
+        chance, num_tokens, length = CERTAIN, 0, 0
         whole = self._vocabulary.counts_are_whole
         for guess in guess_text(self.rows, self._line, self.grid, self._names, counts_are_whole=whole):
             self._expected.append(guess)
             if guess.chance < CERTAIN:
                 chance *= min(guess.chance * self.trust, SAME_LABEL)
-            if chance < LEAST_CHANCE:
+            length += len(guess.text)
+            if chance < LEAST_CHANCE or length > MAX_LINE_LENGTH:
                 return
             yield guess.text
             num_tokens += 1 + guess.text.endswith(" *")
@@ -581,6 +585,12 @@ class OpenBlock:
             return ""
         self._half_character = []
         return text
+
+
+def _read_row(line: str) -> Row:
+    """An empty one for what is none, or could not be one of a grid, or is too long to draft from."""
+    row = parse_row(line) if len(line) <= MAX_LINE_LENGTH else None
+    return row if row and row[-1].end <= MAX_SIDE else ()
 
 
 class RowDrafter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from relay_models.recipes.text4seg.evaluation import (
     queries_of,
     truth_of,
 )
-from relay_models.recipes.text4seg.metrics import ceiling_mask
+from relay_models.recipes.text4seg.metrics import ceiling_mask, mean_iou
 from relay_models.text4seg.codec import encode
 
 SEG_TINY = Path(__file__).parents[4] / "shared/data/seg-tiny"
@@ -110,6 +111,32 @@ def test_the_instance_asked_for_counts_even_under_a_crowd():
     truth_HW, ignore_HW = truth_of(replace(PHOTO, instances=(DOG, crowd)), Query("the dog", "position", "dog", (1,)))
     np.testing.assert_array_equal(truth_HW, DOG.mask_HW)
     np.testing.assert_array_equal(ignore_HW, CROWD.mask_HW)
+
+
+HORSE = instance(3, "horse", 0, 4, 4, 8)
+TEAM = instance(5, "horse", 4, 0, 8, 4, is_group=True)
+RIDE = replace(
+    PHOTO,
+    instances=(DOG, HORSE, TEAM, CROWD),
+    expressions=(
+        Expression("all dogs and horses", (1, 2, 3, 5), "class"),
+        Expression("the dog and its horse", (1, 3), "relation"),
+    ),
+)
+
+
+@pytest.mark.parametrize("limit", [{"unsure": ("horse",)}, {"labelled_classes": ("dog",)}, {"unsure": ("dog",)}])
+def test_an_expression_for_two_classes_needs_all_masks_of_both(limit):
+    settings = replace(QUICK, kinds=("class expression",))
+    assert [query.text for query in queries_of(RIDE, settings)] == ["all dogs and horses"]
+    assert queries_of(replace(RIDE, **limit), settings) == []
+
+
+def test_crowds_and_groups_of_each_class_that_is_meant_are_left_out():
+    (query,) = queries_of(RIDE, replace(QUICK, kinds=("relation",)))
+    truth_HW, ignore_HW = truth_of(RIDE, query)
+    np.testing.assert_array_equal(truth_HW, DOG.mask_HW | HORSE.mask_HW)
+    np.testing.assert_array_equal(ignore_HW, CROWD.mask_HW | TEAM.mask_HW)
 
 
 # ---------------------------------------------------------------- how it is counted
@@ -236,6 +263,31 @@ def test_multi_class_questions_give_mean_iou():
     assert evaluate([PHOTO], perfect, settings=QUICK).mean_iou is None
 
 
+def test_many_multi_class_questions_take_no_more_memory_than_one():
+    side, maps = 256, []
+    rng = np.random.default_rng(0)
+    halves_HW = np.zeros((side, side), bool)
+    halves_HW[:, : side // 2] = True
+    instances = (Instance.of(0, "cat", halves_HW), Instance.of(1, "dog", ~halves_HW))
+    photos = [Photo(f"{index}.jpg", side, side, instances) for index in range(24)]
+    truth_HW = np.where(halves_HW, 1, 2)
+
+    def answer_classes(photo: Photo, classes: list[str]) -> np.ndarray:
+        answer_HW = rng.integers(0, 3, (side, side))
+        maps.append((answer_HW.astype(np.uint8), truth_HW))
+        return answer_HW
+
+    settings = replace(QUICK, kinds=("absent",))
+    tracemalloc.start()
+    report = evaluate(photos, perfect, settings=settings, answer_classes=answer_classes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    num_bytes = 8 * side**2  # of one label map
+    assert peak < 10 * num_bytes + sum(answer_HW.nbytes for answer_HW, _ in maps)
+    assert report.mean_iou == mean_iou(maps, 3)
+    assert report.mean_iou_as_published == mean_iou(maps, 3, as_published=True)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_where_true_masks_meet_the_smaller_is_in_front(order):
     pair = (instance(0, "cat", 0, 0, 8, 8), instance(1, "dog", 2, 2, 4, 4))
@@ -290,10 +342,18 @@ def test_progress_is_told():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("grid", 0), ("max_absent", -1), ("min_photos", 0), ("resamples", 0), ("kinds", ("colour",))]
+    ("field", "value", "problem"),
+    [
+        ("grid", 0, "must be at least 1, got 0"),
+        ("max_absent", -1, "must be at least 0, got -1"),
+        ("min_photos", 0, "must be at least 1, got 0"),
+        ("resamples", 0, "must be at least 1, got 0"),
+        ("seed", -1, "must not be negative, got -1"),
+        ("kinds", ("colour",), "must be of .*'colour'"),
+    ],
 )
-def test_settings_that_cannot_be_are_refused(field, value):
-    with pytest.raises(RelayModelsError, match=field):
+def test_settings_that_cannot_be_are_refused(field, value, problem):
+    with pytest.raises(RelayModelsError, match=f"{field} {problem}"):
         EvaluationSettings(**{field: value})
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from relay_models.errors import RelayModelsError
+from relay_models.errors import CheckpointError, RelayModelsError
+from relay_models.recipes.text4seg import warmup
 from relay_models.recipes.text4seg.cells import CellTargets, cell_targets, run_lengths
 from relay_models.recipes.text4seg.dataset import Instance, Photo
 from relay_models.recipes.text4seg.features import Variant
@@ -32,6 +35,7 @@ from relay_models.recipes.text4seg.training import (
     _Trainer,
     cell_losses,
     export,
+    load_trained,
 )
 from relay_models.recipes.text4seg.warmup import WarmupOptions, warm_up
 from relay_models.relay_seg.assemble import _deltas, read_trained
@@ -367,12 +371,36 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tokenizer, tmp_path: Pa
 
 
 def test_steps_lower_the_loss_of_the_answers(tokenizer) -> None:
-    made = trainer(tokenizer, replace(OPTIONS, chat_every=0, guide_weight=0.1, reading_minutes=0.0))
+    made = trainer(tokenizer, replace(OPTIONS, chat_every=0, guide_weight=0.1, reading_minutes=0.0, readings_between=0))
     before = made.step(0, 0.0)["answers"]
     for step in range(1, 30):
         made.mean.clear()
         after = made.step(step, 0.0)["answers"]
     assert after < 0.5 * before
+
+
+def test_training_goes_on_from_the_small_file(tokenizer, tmp_path: Path) -> None:
+    first = trainer(tokenizer)
+    first.step(0, 0.0)
+    first.save(tmp_path / "checkpoint.pt", 1, 3.0)
+    file = tmp_path / "small.safetensors"
+    export(tmp_path / "checkpoint.pt", file)
+    second = trainer(tokenizer)
+    load_trained(second.model, file)
+    expected = {**first.model.llama.named_halves(), **first.model.projector.state_dict()}
+    for name, tensor in {**second.model.llama.named_halves(), **second.model.projector.state_dict()}.items():
+        assert torch.equal(tensor, expected[name].bfloat16().float()), name
+    other = trainer(tokenizer, replace(OPTIONS, alpha=8.0))
+    with pytest.raises(CheckpointError, match=r"lora_alpha of .*small\.safetensors is 4\.0, expected 8\.0"):
+        load_trained(other.model, file)
+    other = trainer(tokenizer, replace(OPTIONS, rank=3))
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight in .* has shape \[2, \d+\], expected \[3, \d+\]"):
+        load_trained(other.model, file)
+    second.model.classes = ("square", "circle")
+    with pytest.raises(
+        CheckpointError, match=r"with the classes \['circle', 'square'\], not with \['square', 'circle'\]"
+    ):
+        load_trained(second.model, file)
 
 
 def test_the_small_file_holds_what_was_trained(tokenizer, tmp_path: Path) -> None:
@@ -401,7 +429,9 @@ def test_the_small_file_holds_what_was_trained(tokenizer, tmp_path: Path) -> Non
     assert training["options"]["rank"] == 2
 
 
-def test_the_warm_up_teaches_classes_and_goes_on_where_it_was(tokenizer, tmp_path: Path) -> None:
+def test_the_warm_up_teaches_classes_and_goes_on_where_it_was(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    ticks = count()  # two a step: as many steps on a slow machine as on a fast one
+    monkeypatch.setattr(warmup, "time", SimpleNamespace(monotonic=lambda: next(ticks) * 0.01))
     made = trainer(tokenizer)
     options = WarmupOptions(minutes=0.05, photos=3, rate=1e-2)
     warm_up(options, made.model, made.data.variants, made.data.weights, tmp_path / "projector.pt")

@@ -22,6 +22,7 @@ from relay_models.text4seg.row_drafter import (
     OpenBlock,
     RowDrafter,
     Vocabulary,
+    _RowGuesser,
     guess_text,
     parse_row,
 )
@@ -521,6 +522,60 @@ def test_whatever_is_written_a_draft_is_short_and_known(
         assert len(draft) <= 24
         assert known.issuperset(draft)
         assert not draft or OPEN_TAG in vocabulary.decode(batch.token_ids[0, 1 : batch.lengths[0]].tolist())
+
+
+RUNS = "|".join(["a *1", "b *1"] * 3000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(RUNS, id="a row without end"),
+        pytest.param(f"{RUNS}\n{RUNS}", id="a row without end below another"),
+        pytest.param(f"{RUNS[: row_drafter.MAX_LINE_LENGTH - 9]}\n" * 40, id="rows of more cells than a grid has"),
+        pytest.param("a *1" * 4000, id="a label that holds counts"),
+        pytest.param(f"{'x' * 16_000} *16\n x", id="a long label above"),
+        pytest.param(f"{'x' * 2_000} *16\n x", id="a label as long as a line may be above"),
+        pytest.param("word " * 4000, id="prose"),
+    ],
+)
+def test_what_a_hostile_block_costs_a_step_is_bounded(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Neither is more encoded than two lines of the longest length, nor more compared than a grid has columns."""
+    encoded: list[int] = []
+    compared: list[int] = []
+    encode_plain, find_above = vocabulary._encode_plain, _RowGuesser._find_above
+    monkeypatch.setattr(vocabulary, "_encode_plain", lambda text: (encoded.append(len(text)), encode_plain(text))[1])
+    monkeypatch.setattr(
+        _RowGuesser,
+        "_find_above",
+        lambda guesser, run: (compared.append(len(guesser._above)), find_above(guesser, run))[1],
+    )
+    block = OpenBlock(vocabulary, 0, [], Names(), Grid())
+    for start in range(0, len(text), 500):
+        block.read(text[start : start + 500])
+        vocabulary.encode.cache_clear()
+        encoded.clear()
+        assert len(block.draft(32)) <= 32
+        assert sum(encoded) <= 2 * row_drafter.MAX_LINE_LENGTH + 99
+        assert max(compared, default=0) <= 255
+
+
+def test_a_line_that_is_too_long_is_passed_over_and_not_the_rest(vocabulary: Vocabulary, drafter: RowDrafter) -> None:
+    label = "x" * 99
+    long_row = "|".join([f"{label} *1"] * 31) + f"|{label} *1"
+    batch = Batch(drafter, [[5]])
+    assert say(vocabulary, batch, f"{OPEN_TAG}others *32\n {label} *1"), "as long as it is short"
+    assert say(vocabulary, batch, long_row[len(label) + 3 :]) == []
+    assert say(vocabulary, batch, "\n others *32\n others") != []
+
+
+def test_long_lines_are_not_kept(vocabulary: Vocabulary) -> None:
+    vocabulary.encode.cache_clear()
+    for length in (row_drafter.MAX_CACHED_LENGTH - 9, row_drafter.MAX_CACHED_LENGTH):
+        assert vocabulary.encode_rest(f"\n{'x' * length}", " *16\n", 32)
+    assert vocabulary.encode.cache_info().currsize == 2, "the short line, and the line end that follows both"
 
 
 def test_the_golden_descriptors_are_drafted(vocabulary: Vocabulary) -> None:

@@ -6,15 +6,16 @@ What is asked, of each photo, all in one sentence (`class_question`):
     class             each class of which the photo has all masks, by its bare name; the truth is their union, crowds
                       and groups included
     absent            classes that are surely not there, by their bare name; the truth is nothing
-    class expression  an expression of kind "class" ("all people")
-    position, size, relation   an expression for one instance; crowds and groups of its class are left out of the count,
-                      because nobody knows whether it is among them
+    class expression  an expression of kind "class" ("all people"), where the photo has all masks of each class meant
+    position, size, relation   an expression for single instances; crowds and groups of their classes are left out of
+                      the count, because nobody knows whether they are among them
 
 What it promises:
     - Whoever answers is behind one call (`Answerer`): a server, an engine, a module. `from_texts` makes one of
       whatever writes answers as text.
     - Every figure stands beside its n, its 95 % interval and, for masks, its ceiling: the score of the truth itself
       after it went through the grid.
+    - Masks are counted when they come, and none is kept.
     - Equal photos, settings and answers give an equal report.
 """
 
@@ -48,7 +49,6 @@ from relay_models.recipes.text4seg.metrics import (
     ceiling_mask,
     compare,
     macro,
-    mean_iou,
     score,
     score_of_ceiling,
 )
@@ -56,6 +56,8 @@ from relay_models.recipes.text4seg.questions import class_question, known_absent
 from relay_models.text4seg.codec import decode_answer
 from relay_models.text4seg.geometry import upsample
 from relay_models.text4seg.prompts import template_index
+
+Counts = npt.NDArray[np.int64]
 
 CLASS, ABSENT, CLASS_EXPRESSION = "class", "absent", "class expression"
 QUERY_KINDS = (CLASS, ABSENT, CLASS_EXPRESSION, *EXPRESSION_KINDS[1:])
@@ -69,7 +71,7 @@ class Query:
     Attributes:
         text: what is asked for, a class or an expression.
         kind: one of `QUERY_KINDS`.
-        label: the class it is about.
+        label: the class it is about; of several, that of the first instance.
         ids: of the instances meant; none for what is absent.
     """
 
@@ -129,6 +131,8 @@ class EvaluationSettings:
         for name, least in (("grid", 1), ("max_absent", 0), ("min_photos", 1), ("resamples", 1)):
             if getattr(self, name) < least:
                 raise RelayModelsError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise RelayModelsError(f"seed must not be negative, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,8 @@ def evaluate(
     outcomes: list[Outcome] = []
     best: list[Outcome] = []
     statuses: Counter[str] = Counter()
-    maps: list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]] = []
     vocabulary = list(dict.fromkeys(label for photo in photos for label in (*photo.labels, *photo.absent)))
+    counts = _ClassCounts(vocabulary)
     for number, photo in enumerate(photos, start=1):
         queries = queries_of(photo, settings)
         replies = answer(photo, queries) if queries else ()
@@ -248,10 +252,10 @@ def evaluate(
             outcomes.append(_outcome(photo, query, reply.mask_HW, truth_HW, ignore_HW))
             best.append(_outcome(photo, query, ceiling_mask(truth_HW, settings.grid), truth_HW, ignore_HW))
         if answer_classes is not None and (asked := _classes_of(photo, settings)):
-            maps.append(_semantic(photo, asked, answer_classes, vocabulary))
+            counts.add(asked, _confusion(photo, asked, answer_classes(photo, asked)))
         if progress is not None:
             progress(number, len(photos))
-    return _report(photos, outcomes, best, statuses, maps, len(vocabulary) + 1, settings, (model, data, conditions))
+    return _report(photos, outcomes, best, statuses, counts, settings, (model, data, conditions))
 
 
 def queries_of(photo: Photo, settings: EvaluationSettings | None = None) -> list[Query]:
@@ -265,10 +269,10 @@ def queries_of(photo: Photo, settings: EvaluationSettings | None = None) -> list
     ]
     found += [Query(label, ABSENT, label, ()) for label in _absent_asked(photo, settings)]
     for expression in photo.expressions:
-        label = label_of[expression.ids[0]]
+        labels = [label_of[number] for number in expression.ids]
         kind = CLASS_EXPRESSION if expression.kind == "class" else expression.kind
-        if kind != CLASS_EXPRESSION or photo.is_complete(label):
-            found.append(Query(expression.text, kind, label, expression.ids))
+        if kind != CLASS_EXPRESSION or all(map(photo.is_complete, labels)):
+            found.append(Query(expression.text, kind, labels[0], expression.ids))
     return [query for query in found if query.kind in settings.kinds]
 
 
@@ -286,9 +290,8 @@ def truth_of(photo: Photo, query: Query) -> tuple[BoolMask, BoolMask | None]:
     truth_HW = photo.union(query.ids)
     if query.kind in (CLASS, ABSENT, CLASS_EXPRESSION):
         return truth_HW, None
-    untold = [
-        instance.id for instance in photo.instances if instance.label == query.label and not instance.is_one_object
-    ]
+    labels = {instance.label for instance in photo.instances if instance.id in query.ids}
+    untold = [instance.id for instance in photo.instances if instance.label in labels and not instance.is_one_object]
     return truth_HW, photo.union(untold) & ~truth_HW if untold else None
 
 
@@ -339,22 +342,54 @@ def _classes_of(photo: Photo, settings: EvaluationSettings) -> list[str]:
     return [*present, *_absent_asked(photo, settings)]
 
 
-def _semantic(
-    photo: Photo, asked: Sequence[str], answer_classes: ClassesAnswerer, vocabulary: Sequence[str]
-) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
-    """Prediction and truth in the numbers of the vocabulary. Where true masks meet, the smaller is in front."""
-    answered_HW = answer_classes(photo, asked)
+def _confusion(photo: Photo, asked: Sequence[str], answered_HW: npt.NDArray[np.integer]) -> Counts:
+    """[A, A] pixels by truth and answer, 0 for `others` and 1 + the index of a class that was asked for.
+
+    Where true masks meet, the smaller is in front.
+    """
     if answered_HW.shape != (photo.height, photo.width) or answered_HW.min() < 0 or answered_HW.max() > len(asked):
         raise RelayModelsError(
             f"{photo.file}: the label map must be of shape [{photo.height}, {photo.width}] with values up to "
             f"{len(asked)}, got {list(answered_HW.shape)} and up to {answered_HW.max()}"
         )
-    number_of = np.array([0, *(vocabulary.index(label) + 1 for label in asked)])
     truth_HW = np.zeros((photo.height, photo.width), dtype=np.int64)
-    masks = [(label, photo.class_mask(label)) for label in asked if label in photo.labels]
-    for label, mask_HW in sorted(masks, key=lambda pair: -int(pair[1].sum())):
-        truth_HW[mask_HW] = vocabulary.index(label) + 1
-    return number_of[answered_HW.astype(np.int64)], truth_HW
+    masks = [(place, photo.class_mask(label)) for place, label in enumerate(asked, start=1) if label in photo.labels]
+    for place, mask_HW in sorted(masks, key=lambda pair: -int(pair[1].sum())):
+        truth_HW[mask_HW] = place
+    size = len(asked) + 1
+    pairs_N = truth_HW.ravel() * size + answered_HW.astype(np.int64).ravel()
+    return np.bincount(pairs_N, minlength=size**2).reshape(size, size)
+
+
+class _ClassCounts:
+    """What label maps add up to, of each class and of `others`, which is the first; all that `mean_iou` takes of them.
+
+    Legend: K classes of the vocabulary and `others`; A classes that a photo was asked for and `others`.
+    """
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self._place = {label: place for place, label in enumerate(vocabulary, start=1)}
+        # Pixels: rightly answered, true, answered, and answered where `others` is true.
+        self._hits_K, self._true_K, self._answered_K, self._invented_K = np.zeros((4, len(vocabulary) + 1), np.int64)
+
+    def add(self, asked: Sequence[str], confusion_AA: Counts) -> None:
+        """One photo's, see `_confusion`."""
+        place_A = [0, *(self._place[label] for label in asked)]
+        np.add.at(self._hits_K, place_A, confusion_AA.diagonal())
+        np.add.at(self._true_K, place_A, confusion_AA.sum(axis=1))
+        np.add.at(self._answered_K, place_A, confusion_AA.sum(axis=0))
+        np.add.at(self._invented_K, place_A, confusion_AA[0])
+
+    def mean_iou(self, *, as_published: bool = False) -> float | None:
+        """As `metrics.mean_iou` of the maps."""
+        hits_K, answered_K = self._hits_K.copy(), self._answered_K.copy()
+        if as_published:
+            answered_K -= self._invented_K
+            answered_K[0] += self._true_K[0]
+            hits_K[0] = self._true_K[0]
+        unions_K = self._true_K + answered_K - hits_K
+        is_met_K = unions_K > 0
+        return float((hits_K[is_met_K] / unions_K[is_met_K]).mean()) if is_met_K.any() else None
 
 
 # ---------------------------------------------------------------- ceilings
@@ -421,8 +456,7 @@ def _report(
     outcomes: list[Outcome],
     best: list[Outcome],
     statuses: Counter[str],
-    maps: list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]],
-    num_classes: int,
+    counts: _ClassCounts,
     settings: EvaluationSettings,
     named: tuple[str, str, Mapping[str, str] | None],
 ) -> EvaluationReport:
@@ -460,8 +494,8 @@ def _report(
         classes=tuple(_row(label, found, settings) for label, found in classes),
         kinds=tuple(_row(kind, kinds[kind], settings) for kind in QUERY_KINDS if kind in kinds),
         areas=tuple(_row(name, areas[name], settings) for name, _ in AREA_BUCKETS if name in areas),
-        mean_iou=mean_iou(maps, num_classes),
-        mean_iou_as_published=mean_iou(maps, num_classes, as_published=True),
+        mean_iou=counts.mean_iou(),
+        mean_iou_as_published=counts.mean_iou(as_published=True),
         statuses=tuple(sorted(statuses.items())),
     )
 

@@ -106,6 +106,8 @@ def write_adapter(model: Any, folder: Path, base: str, config: Mapping[str, Any]
     Raises:
         CheckpointError: it cannot be written.
     """
+    from safetensors import SafetensorError
+
     settings = model.peft_config["default"]
     settings.base_model_name_or_path = base
     try:
@@ -118,8 +120,8 @@ def write_adapter(model: Any, folder: Path, base: str, config: Mapping[str, Any]
             if folder.exists():
                 os.replace(folder, Path(work) / "old")
             _move_into_place(written, folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write the adapter {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write the adapter {folder}: {_reason(error)}") from error
 
 
 def merge_adapter(
@@ -138,6 +140,8 @@ def merge_adapter(
     Raises:
         CheckpointError: the adapter does not fit the base, or the target cannot be written. Nothing is left behind.
     """
+    from safetensors import SafetensorError
+
     from relay_models.recipes.text4seg.lora_student import fetched
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -164,8 +168,8 @@ def merge_adapter(
             with contextlib.suppress(FileNotFoundError):
                 target.rmdir()  # empty, or we would not be here
             _move_into_place(written, target)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {target}: {_reason(error)}") from error
     return target
 
 
@@ -307,6 +311,11 @@ def _move_into_place(written: Path, target: Path) -> None:
             os.fsync(opened.fileno())
     written.chmod(0o755)
     os.replace(written, target)
+
+
+def _reason(error: Exception) -> str:
+    """Of a disk that is full, safetensors says so in an error of its own."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@
 
 The folder of a run holds
     adapter/         what it is all about, see `lora_adapter`; there once the run is done
-    log.jsonl        one line a step: step, loss, rate, tokens, photos, seconds
+    log.jsonl        one line a step: step, loss, rate, grad_norm, targets, tokens, seconds
     checkpoint.pt    weights, optimizer, step; a run that was killed goes on from it
     features/        the cache, see `features`
 
@@ -150,7 +150,7 @@ def train_lora(options: LoraOptions, photos: Sequence[Photo], progress: Progress
 
     Raises:
         RelayModelsError: an option, the model or the photos cannot be used, peft is absent, a checkpoint is of another
-            run, the disk is full, or the loss is no number any more. What was written before stays.
+            run, the disk is full, or the loss or its gradient is no number any more. What was written before stays.
     """
     check_peft()
     if not photos:
@@ -287,22 +287,27 @@ class _Run:
                 part = self.student.loss(sequence, self.student.projected(features_TC)) / max(num_targets, 1)
                 part.backward()
                 loss += part.item()
-        if not math.isfinite(loss):
-            raise RelayModelsError(
-                f"the loss of step {step + 1} is {loss}: lower learning_rate ({self.options.learning_rate}); the last "
-                f"checkpoint is {self.checkpoint}"
-            )
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), self.options.max_grad_norm)
+        self._check_finite("loss", loss, step)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.trained.values(), self.options.max_grad_norm))
+        self._check_finite("gradient", norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
             "step": step + 1,
             "loss": loss,
             "rate": self.options.learning_rate * share,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "targets": num_targets,
             "tokens": sum(len(sequence.ids_S) for _, sequence in batch),
         }
+
+    def _check_finite(self, name: str, value: float, step: int) -> None:
+        """Before the weights change, which nothing would bring back."""
+        if not math.isfinite(value):
+            raise RelayModelsError(
+                f"the {name} of step {step + 1} is {value}: lower learning_rate ({self.options.learning_rate}); the "
+                f"last checkpoint is {self.checkpoint}"
+            )
 
     def _batch(self, step: int) -> Iterator[tuple[Any, PackedQuestions]]:
         """Features and questions of the photos of a step; one whose questions are too many comes several times."""
@@ -397,12 +402,10 @@ class _Run:
 
 
 def _device(name: str) -> torch.device:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RelayModelsError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise RelayModelsError(f"device must be one that PyTorch has here, got {name!r}")
-    return device
+        return torch.device("cuda" if num_gpus else "cpu")
+    known = ["cpu", *(f"cuda:{index}" for index in range(num_gpus))]
+    if name not in (*known, *(("cuda",) if num_gpus else ())):
+        raise RelayModelsError(f"device must be auto or one that PyTorch has here ({', '.join(known)}), got {name!r}")
+    return torch.device(name)

@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from relay_models.recipes.text4seg.augment import Augmentation
 from relay_models.recipes.text4seg.chat_keeping import read_or_make_chats
 from relay_models.recipes.text4seg.dataset import Photo
 from relay_models.recipes.text4seg.features import Encode, cache_key, make_variant, read_variants
-from relay_models.recipes.text4seg.training import Data, TrainingOptions, export, new_model, train
+from relay_models.recipes.text4seg.training import Data, TrainingOptions, export, load_trained, new_model, train
 from relay_models.recipes.text4seg.warmup import WarmupOptions, warm_up
 from relay_models.relay_seg.assemble import assemble, check_base
 from relay_models.relay_seg.configuration import RelaySegConfig
@@ -52,6 +52,8 @@ class RelaySegRecipe:
         output: folder of the run.
         base: folder of SmolLM2-135M-Instruct, as `vllm-relay` prepares it.
         encoder: the checkpoint of EfficientNet-Lite0, see `relay_seg.encoder`.
+        start: what an earlier run with the same classes trained, to go on from: no warm-up then, and answers from the
+            first step on. None begins anew.
         variants: copies of the photos, all but the first changed.
         augmentation: how they are changed.
         warmup: of the projector.
@@ -61,6 +63,7 @@ class RelaySegRecipe:
     output: Path
     base: Path
     encoder: Path
+    start: Path | None = None
     variants: int = 5
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(crop=0.6, copy_paste=0.25, mosaic=0.3))
     warmup: WarmupOptions = field(default_factory=WarmupOptions)
@@ -75,7 +78,7 @@ def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
     """Train on ``photos`` and return the folder of the model.
 
     Raises:
-        CheckpointError: the base or the encoder is not the pinned one.
+        CheckpointError: the base or the encoder is not the pinned one, or ``start`` was trained with other classes.
         RelayModelsError: there are no photos, or they lie in several folders.
     """
     folders = {photo.folder for photo in photos}
@@ -153,14 +156,18 @@ def _train_process(rank: int, world: int, recipe: RelaySegRecipe, cache: Path, i
     classes = class_names([photo for variant in variants for photo in variant.photos])
     model = new_model(AutoConfig.from_pretrained(recipe.base), tensors, tokenizer, classes, recipe.training)
     weights_N = photo_weights(variants[0].photos)
-    if rank == 0:
+    training = recipe.training
+    if recipe.start is not None:
+        load_trained(model, recipe.start)
+        training = replace(training, reading_minutes=0.0)
+    elif rank == 0:
         warm_up(recipe.warmup, model, variants, weights_N, recipe.output / _PROJECTOR)
     if world > 1:
         torch.distributed.barrier()
         for tensor in (*model.projector.state_dict().values(), *model.shape_head.state_dict().values()):
             torch.distributed.broadcast(tensor, 0)
     chats = read_or_make_chats(recipe.output / _CHATS, recipe.base, tokenizer, recipe.training.seed)
-    train(recipe.training, model, Data(variants, weights_N, chats), tokenizer, recipe.output, rank)
+    train(training, model, Data(variants, weights_N, chats), tokenizer, recipe.output, rank)
 
 
 def _tokenizer(base: Path) -> Any:

@@ -36,13 +36,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from relay_models.errors import RelayModelsError
+from relay_models.errors import CheckpointError, RelayModelsError
 from relay_models.recipes.text4seg.cells import CellTargets, cell_targets
 from relay_models.recipes.text4seg.features import Variant
 from relay_models.recipes.text4seg.lora_layers import Guide, LoraLlama
 from relay_models.recipes.text4seg.packing import Exchange, PackedSequence, Packer
 from relay_models.recipes.text4seg.questions import Question, QuestionMix, questions_of
-from relay_models.relay_seg.assemble import ALPHA, METADATA_KEY
+from relay_models.relay_seg.assemble import ALPHA, METADATA_KEY, read_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.relay_seg.pins import BASE_SHA256, ENCODER_SHA256
 from relay_models.relay_seg.projector import Projector, ProjectorSizes
@@ -50,6 +50,7 @@ from relay_models.relay_seg.projector import Projector, ProjectorSizes
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
+TRAINING_KEY = "training"  # of the metadata of what is exported
 LENGTH_WEIGHT = 0.2
 # The first layer of SmolLM2 adds forty times what an embedding holds: tokens as large as that stay legible above it. It
 # does not change what that layer itself computes, which is of normalised tokens.
@@ -127,6 +128,8 @@ class TrainingOptions:
         for name in ("minutes", "rank", "alpha", "lora_rate", "projector_rate", "tokens", "processes"):
             if getattr(self, name) <= 0:
                 raise RelayModelsError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise RelayModelsError(f"seed must not be negative, got {self.seed}")
 
 
 @dataclass
@@ -537,6 +540,35 @@ def new_model(
     return Model(projector, nn.Linear(sizes.width, 4), llama, tuple(classes))
 
 
+def load_trained(model: Model, file: Path) -> None:
+    """Put what a run trained (`export`) into ``model``, so that training goes on from there.
+
+    The head for the shapes of objects, which is not in the file, stays as it is.
+
+    Raises:
+        CheckpointError: the file is of another kind, of other sizes, or was trained with other classes.
+    """
+    from safetensors import safe_open
+
+    settings, tensors = read_trained(file)
+    with safe_open(file, framework="pt") as stored:
+        classes = json.loads((stored.metadata() or {}).get(TRAINING_KEY, "{}")).get("classes")
+    if classes != list(model.classes):
+        raise CheckpointError(f"{file} was trained with the classes {classes}, not with {list(model.classes)}")
+    halves = model.llama.named_halves()
+    if settings[ALPHA] != model.llama.alpha:
+        raise CheckpointError(f"{ALPHA} of {file} is {settings[ALPHA]}, expected {model.llama.alpha}")
+    targets = {f"projector.{name}": tensor for name, tensor in model.projector.state_dict().items()} | halves
+    for name in sorted(targets.keys() ^ tensors.keys()):
+        raise CheckpointError(f"{name} is {'missing from' if name in targets else 'of no use here, but in'} {file}")
+    with torch.no_grad():
+        for name, target in targets.items():
+            if tensors[name].shape != target.shape:
+                shapes = f"{list(tensors[name].shape)}, expected {list(target.shape)}"
+                raise CheckpointError(f"{name} in {file} has shape {shapes}")
+            target.copy_(tensors[name])
+
+
 def export(checkpoint: Path, target: Path) -> None:
     """Write what a checkpoint holds as the small file that `relay_seg.assemble` merges, in bfloat16, by a rename.
 
@@ -557,7 +589,7 @@ def export(checkpoint: Path, target: Path) -> None:
         "classes": state["classes"],
     }
     settings = {ALPHA: options["alpha"], "projector_classes": len(state["classes"])}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(settings), "training": json.dumps(training)}
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(settings), TRAINING_KEY: json.dumps(training)}
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".part")
     save_file({name: t.detach().to(torch.bfloat16).contiguous() for name, t in tensors.items()}, unfinished, metadata)
