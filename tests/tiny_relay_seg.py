@@ -40,7 +40,13 @@ def make_tiny_relay_seg(folder: Path, tokenizer_folder: Path, *, seed: int = 0) 
         architectures=["LlamaForCausalLM"],
     )
     config = RelaySegConfig(
-        text_config=text, projector_width=32, projector_layers=1, projector_heads=2, projector_classes=8
+        text_config=text,
+        projector_width=32,
+        projector_layers=1,
+        projector_heads=2,
+        projector_classes=8,
+        lora_rank=4,
+        lora_alpha=4.0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

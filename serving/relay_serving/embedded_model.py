@@ -76,7 +76,7 @@ WEIGHTS_SHA256 = "b095628c93ecddee9cc64f8a970399e57c60ad323cc24c911632c2c7d4807a
 
 # Of the folders: the number rises when the conversion changes; new weights of ours make a new folder by themselves.
 FOLDERS: Mapping[str, str] = MappingProxyType(
-    {RELAY_SEG: f"{RELAY_SEG}-1-{WEIGHTS_SHA256[:8]}", SMOLLM2: f"{SMOLLM2}-1"}
+    {RELAY_SEG: f"{RELAY_SEG}-2-{WEIGHTS_SHA256[:8]}", SMOLLM2: f"{SMOLLM2}-1"}
 )
 
 
@@ -112,7 +112,7 @@ def prepare_trained(weights: Path) -> Path:
         digest = _sha256(weights)
     except OSError as error:
         raise EmbeddedModelError(f"the trained weights {weights} cannot be read: {error.strerror}") from error
-    model_folder = cache_folder() / "models" / f"relay-seg-1-{digest[:16]}"
+    model_folder = cache_folder() / "models" / f"relay-seg-2-{digest[:16]}"
     return _prepared(model_folder, lambda work: _assembled(weights, work))
 
 

@@ -19,6 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 REQUEST_LIMIT_SECONDS = 1_800
 START_LIMIT_SECONDS = 1_800
 STOP_LIMIT_SECONDS = 30
+BUSY_WAIT_SECONDS = 1
 STDERR = 2  # the report alone goes to stdout
 MOST_EXPRESSIONS = 64  # of one request, as the route takes them
 
@@ -55,7 +57,7 @@ _ONLY_LORA = frozenset(
         "checkpoints_activations",
     )
 )
-_ONLY_RELAY_SEG = frozenset({"minutes", "warmup_minutes", "processes"})
+_ONLY_RELAY_SEG = frozenset({"minutes", "warmup_minutes", "processes", "start"})
 _OF_TRAINING = frozenset({"minutes", "processes", "rank", "alpha", "learning_rate", "projector_rate", "seed"})
 _RELAY_SEG_NAMES = {"learning_rate": "lora_rate"}
 
@@ -98,8 +100,7 @@ def _trained_relay_seg(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
     if "absent" in given:
         training["mix"] = replace(recipe.training.mix, num_absent=given["absent"])
     recipe = replace(recipe, training=replace(recipe.training, **training))
-    if "variants" in given:
-        recipe = replace(recipe, variants=given["variants"])
+    recipe = replace(recipe, **{name: given[name] for name in ("variants", "start") if name in given})
     if "warmup_minutes" in given:
         recipe = replace(recipe, warmup=replace(recipe.warmup, minutes=given["warmup_minutes"]))
     return train_relay_seg(recipe, photos)
@@ -134,7 +135,12 @@ def _train_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="folder or hub id of the model to begin with, or relay-seg-tiny")
     add("--output", required=True, type=Path, help="folder of the run: features, checkpoints, log, and the adapter")
     add("--images", type=Path, help="what file names in DATA are relative to (default: the folder DATA is in)")
-    add("--withheld", nargs="+", metavar="CLASS", help="keep back a tenth of these classes' pseudo-labelled photos")
+    add(
+        "--withheld",
+        nargs="+",
+        metavar="CLASS",
+        help="keep back a tenth, at least one, of these classes' pseudo-labelled photos",
+    )
     add("--grid", type=_positive, help="cells a side of the answers (default: what is known of the model)")
     add("--style", choices=[style.value for style in Style], help="of prompts (default: what is known of the model)")
     add("--steps", type=_positive, help="of the optimizer")
@@ -157,6 +163,9 @@ def _train_parser() -> argparse.ArgumentParser:
     group.add_argument("--minutes", type=float, help="of training", default=argparse.SUPPRESS)
     group.add_argument(
         "--warmup-minutes", type=float, help="of the projector alone, before that", default=argparse.SUPPRESS
+    )
+    group.add_argument(
+        "--start", type=Path, metavar="FILE", help="go on from a RUN/relay-seg.safetensors of the same classes"
     )
     group.add_argument("--processes", type=_positive, help="one a core", default=argparse.SUPPRESS)
     return parser
@@ -239,6 +248,7 @@ def evaluate_server(photos: Sequence[Photo], url: str, args: argparse.Namespace)
             data=args.name or args.data.name,
             conditions={"grammar": args.grammar, "refiner": args.refiner},
             progress=lambda done, of: bar.update(1),
+            concurrency=args.concurrency,
         )
 
 
@@ -304,13 +314,18 @@ class Server:
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data=data, headers=self._headers)
-        try:
-            with self._opener.open(request, timeout=REQUEST_LIMIT_SECONDS) as response:
-                answer = json.load(response)
-        except urllib.error.HTTPError as error:
-            raise RelayServingError(f"{self._url}{path} answered {error.code}: {_said(error)}") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise RelayServingError(f"{self._url}{path} does not answer: {error}") from error
+        deadline = time.monotonic() + REQUEST_LIMIT_SECONDS
+        while True:
+            try:
+                with self._opener.open(request, timeout=REQUEST_LIMIT_SECONDS) as response:
+                    answer = json.load(response)
+                break
+            except urllib.error.HTTPError as error:
+                if error.code != HTTPStatus.TOO_MANY_REQUESTS or time.monotonic() > deadline:
+                    raise RelayServingError(f"{self._url}{path} answered {error.code}: {_said(error)}") from error
+                time.sleep(BUSY_WAIT_SECONDS)
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                raise RelayServingError(f"{self._url}{path} does not answer: {error}") from error
         if not isinstance(answer, dict):
             raise RelayServingError(f"{self._url}{path} answered with no JSON object")
         return answer
@@ -426,6 +441,7 @@ def _eval_parser() -> argparse.ArgumentParser:
     add("--multi-class", action="store_true", help="also ask for several classes at once, for mIoU")
     add("--min-photos", type=_positive, default=8, help="of a class, to count in the macro mean (default: 8)")
     add("--limit", type=_positive, help="the first so many photos only")
+    add("--concurrency", type=_positive, default=4, help="photos asked about at a time (default: 4)")
     add("--withheld", nargs="+", metavar="CLASS", help="only the photos of these classes that training kept back")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     add("--name", help="of the data, for the report (default: DATA's)")

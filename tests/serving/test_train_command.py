@@ -72,6 +72,7 @@ class TruthfulServer:
         self.status = 200
         self.shuffles = True
         self.drops = 0
+        self.refusals = 0
 
     def answer(self, request: SegmentationRequest) -> SegmentationResponse:
         (_, url) = request.image_urls()[0]
@@ -117,6 +118,10 @@ def truth(data: Path) -> Iterator[tuple[TruthfulServer, str]]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             request = SegmentationRequest.model_validate_json(body)
             server.requests.append(request)
+            if server.refusals:
+                server.refusals -= 1
+                self.send_error(429)
+                return
             self.reply(server.answer(request).model_dump(mode="json"))
 
         def reply(self, value: Any) -> None:
@@ -136,6 +141,16 @@ def truth(data: Path) -> Iterator[tuple[TruthfulServer, str]]:
     http.shutdown()
     thread.join()
     http.server_close()
+
+
+def test_a_busy_server_is_asked_again(data, truth, monkeypatch, capsys):
+    server, url = truth
+    server.refusals = 3
+    waited = []
+    monkeypatch.setattr(train_command.time, "sleep", waited.append)
+    assert train_command.run_eval([str(data), "--url", url, "--concurrency", "2"]) == 0
+    assert waited == [train_command.BUSY_WAIT_SECONDS] * 3
+    assert "Answers: 3 complete, 3 none." in capsys.readouterr().out
 
 
 def test_a_truthful_server_scores_one(data, truth, tmp_path, capsys):
@@ -161,7 +176,7 @@ def test_a_truthful_server_scores_one(data, truth, tmp_path, capsys):
     assert "truth on set, grammar: on, refiner: none. 2 photos, 6 questions" in printed
     asked = [request.expressions or request.classes for request in server.requests]
     assert asked == [["cat", "wine glass", "kite"]] * 4
-    assert [bool(request.classes) for request in server.requests] == [False, True] * 2
+    assert sorted(bool(request.classes) for request in server.requests) == [False, False, True, True]
     assert set(server.keys) == {"Bearer secret"}
     assert all((request.on_refusal, request.refiner) == ("force", "none") for request in server.requests)
 
@@ -179,7 +194,7 @@ def test_without_the_grammar_a_refusal_is_taken_as_it_is(data, truth):
 def test_more_expressions_than_a_request_takes_are_sent_in_parts(data, truth, monkeypatch):
     server, url = truth
     monkeypatch.setattr(train_command, "MOST_EXPRESSIONS", 2)
-    assert train_command.run_eval([str(data), "--url", url]) == 0
+    assert train_command.run_eval([str(data), "--url", url, "--concurrency", "1"]) == 0
     assert [len(request.expressions) for request in server.requests] == [2, 1, 2, 1]
 
 

@@ -1,11 +1,11 @@
 """From SmolLM2, the image encoder and one small file of ours to a folder that Hugging Face's and vLLM's classes load.
 
-    check the hashes → merge the LoRA → name the tensors → tokenizer, chat template, configs → write
+    check the hashes → name the tensors → tokenizer, chat template, configs → write
 
 The small file (safetensors) holds what was trained, and nothing else:
 
     projector.NAME                         the projector, by the names of its module
-    language_model.MODULE.lora_A.weight    [rank, in]: half of a change to MODULE
+    language_model.MODULE.lora_A.weight    [rank, in]: half of a change to MODULE, see `activated_lora`
     language_model.MODULE.lora_B.weight    [out, rank]: the other half
     metadata ``relay_seg``                 JSON: ``lora_alpha``, and what differs from the defaults of `RelaySegConfig`
 
@@ -41,8 +41,7 @@ MAX_RANK = 32
 ALPHA = "lora_alpha"
 UNUSED_TOKEN = "<empty_output>"  # of the base, at IMAGE_TOKEN_ID
 
-_ENCODER, _PROJECTOR, _LANGUAGE_MODEL = "encoder.", "projector.", "language_model."
-_HALVES = (".lora_A.weight", ".lora_B.weight")
+_ENCODER, _LANGUAGE_MODEL = "encoder.", "language_model."
 
 
 def assemble(base: Path, encoder: Path, weights: Path, target: Path) -> None:
@@ -62,10 +61,13 @@ def assemble(base: Path, encoder: Path, weights: Path, target: Path) -> None:
     check_base(base)
     encoder_tensors = read_checkpoint(encoder)
     settings, trained = read_trained(weights)
-    config = _config(settings, base, weights)
-    tensors = _merged_base(base, trained, settings, weights)
-    tensors |= {name: tensor for name, tensor in trained.items() if name.startswith(_PROJECTOR)}
+    config = _config(settings, _rank(trained, weights), base, weights)
+    with open_weights(base / "model.safetensors") as opened:
+        tensors = {f"{_LANGUAGE_MODEL}{name}": opened.read(name) for name in opened.names()}
     tensors |= {f"{_ENCODER}{name}": tensor for name, tensor in encoder_tensors.items()}
+    for name in sorted(tensors.keys() & trained.keys()):
+        raise CheckpointError(f"{name} in {weights} is not ours to change: it is of the base or of the encoder")
+    tensors |= trained
     _check_names_and_shapes(tensors, config, weights)
     tokenizer = renamed_image_token(read_json(base / "tokenizer.json"))
     copies = {name: read_json(base / name) for name in ("tokenizer_config.json", "generation_config.json")}
@@ -143,7 +145,16 @@ def renamed_image_token(tokenizer: dict[str, Any]) -> dict[str, Any]:
     return tokenizer | {"model": tokenizer["model"] | {"vocab": renamed}, "added_tokens": tokens}
 
 
-def _config(settings: Mapping[str, Any], base: Path, weights: Path) -> RelaySegConfig:
+def _rank(trained: Mapping[str, Tensor], weights: Path) -> int:
+    """Of all changes to the language model. Their other sizes are checked with those of everything else."""
+    ranks = {len(tensor): name for name, tensor in trained.items() if name.endswith(".lora_A.weight")}
+    if len(ranks) != 1 or not 1 <= next(iter(ranks)) <= MAX_RANK:
+        found = ", ".join(f"{rank} ({name})" for rank, name in sorted(ranks.items())) or "none"
+        raise CheckpointError(f"{weights} must hold changes of one rank, from 1 to {MAX_RANK}, got {found}")
+    return next(iter(ranks))
+
+
+def _config(settings: Mapping[str, Any], rank: int, base: Path, weights: Path) -> RelaySegConfig:
     text = read_json(base / "config.json")
     fields = {name: value for name, value in settings.items() if name != ALPHA}
     unknown = sorted(fields.keys() - set(RelaySegConfig().to_dict()))
@@ -156,53 +167,10 @@ def _config(settings: Mapping[str, Any], base: Path, weights: Path) -> RelaySegC
         bos_token_id=text["bos_token_id"],
         eos_token_id=text["eos_token_id"],
         pad_token_id=text["pad_token_id"],
+        lora_rank=rank,
+        lora_alpha=settings[ALPHA],
         **fields,
     )
-
-
-def _merged_base(
-    base: Path, trained: Mapping[str, Tensor], settings: Mapping[str, Any], weights: Path
-) -> dict[str, Tensor]:
-    """The base's tensors by the names of the target, changed by the LoRA; computed in float32, rounded once."""
-    deltas = _deltas(trained, settings[ALPHA], weights)
-    merged = {}
-    with open_weights(base / "model.safetensors") as opened:
-        for name in opened.names():
-            tensor = opened.read(name)
-            delta = deltas.pop(f"{_LANGUAGE_MODEL}{name}", None)
-            if delta is not None:
-                if delta.shape != tensor.shape:
-                    shapes = f"{list(delta.shape)}, expected {list(tensor.shape)}"
-                    raise CheckpointError(f"the change to {name} in {weights} has shape {shapes}")
-                tensor = (tensor.float() + delta).to(tensor.dtype)
-            merged[f"{_LANGUAGE_MODEL}{name}"] = tensor
-    if deltas:
-        raise CheckpointError(f"{sorted(deltas)[0]} is changed by {weights}, but the base has no such tensor")
-    return merged
-
-
-def _deltas(trained: Mapping[str, Tensor], alpha: float, weights: Path) -> dict[str, Tensor]:
-    """By the weight they change: alpha / rank * up @ down (arXiv 2106.09685, equation 3)."""
-    deltas = {}
-    down_name, up_name = _HALVES
-    for name, tensor in trained.items():
-        if name.startswith(_PROJECTOR):
-            continue
-        half = next((half for half in _HALVES if name.startswith(_LANGUAGE_MODEL) and name.endswith(half)), None)
-        if half is None:
-            raise CheckpointError(f"{name} in {weights} is neither of the projector nor half of a change")
-        module = name.removesuffix(half)
-        down, up = trained.get(f"{module}{down_name}"), trained.get(f"{module}{up_name}")
-        if down is None or up is None:
-            raise CheckpointError(f"{name} in {weights} is half of a change, the other half is missing")
-        if down.dim() != 2 or up.dim() != 2 or not 1 <= len(down) == up.shape[1] <= MAX_RANK:
-            raise CheckpointError(
-                f"the halves of {module} in {weights} have shapes {list(down.shape)} and {list(up.shape)}, expected "
-                f"[rank, in] and [out, rank] with a rank of at most {MAX_RANK}"
-            )
-        if tensor is down:
-            deltas[f"{module}.weight"] = alpha / len(down) * (up.float() @ down.float())
-    return deltas
 
 
 def _check_names_and_shapes(tensors: Mapping[str, Tensor], config: RelaySegConfig, weights: Path) -> None:

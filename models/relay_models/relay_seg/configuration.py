@@ -17,6 +17,7 @@ class RelaySegConfig(PreTrainedConfig):
         image_side: pixels a side a picture is squashed to.
         grid: cells a side; a picture is ``grid ** 2`` tokens, in reading order.
         image_token_id: the token that stands for each of them.
+        lora_rank, lora_alpha: of the change to the language model, see `activated_lora`; a rank of 0 for none.
         projector_width, projector_layers, projector_heads, projector_classes: see `ProjectorSizes`.
         feature_channels: of the encoder's features, a cell.
         text4seg: what serving has to know of the training, see `relay_models.text4seg.profiles`.
@@ -36,6 +37,8 @@ class RelaySegConfig(PreTrainedConfig):
         projector_layers: int = 3,
         projector_heads: int = 4,
         projector_classes: int = 80,
+        lora_rank: int = 0,
+        lora_alpha: float = 0.0,
         text4seg: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -49,6 +52,8 @@ class RelaySegConfig(PreTrainedConfig):
         self.projector_layers = projector_layers
         self.projector_heads = projector_heads
         self.projector_classes = projector_classes
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
         self.text4seg = text4seg if text4seg is not None else {"grid": grid}
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
@@ -56,3 +61,8 @@ class RelaySegConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         return int(self.grid**2)
+
+    @property
+    def mrope_section(self) -> tuple[int, ...] | None:
+        """What vLLM knows models by that choose the positions of their tokens, as its class of this one does."""
+        return (1, 1, 1) if self.lora_rank else None

@@ -1,4 +1,4 @@
-"""relay-seg-tiny as a Hugging Face module: encoder, projector and a LlamaForCausalLM whose LoRA is merged.
+"""relay-seg-tiny as a Hugging Face module: encoder, projector, and a LlamaForCausalLM with LoRA that acts on pictures.
 
 Legend: N pictures or sequences, S tokens of a sequence, D the language model's width, C channels, G cells a side.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.generation import GenerationMixin
 
+from relay_models.relay_seg.activated_lora import Activation, add_lora, follows_picture, keep
 from relay_models.relay_seg.configuration import RelaySegConfig
 from relay_models.relay_seg.encoder import EfficientNetLite0
 from relay_models.relay_seg.projector import Projector, ProjectorSizes
@@ -43,6 +44,9 @@ class RelaySegForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.encoder = EfficientNetLite0()
         self.projector = Projector(projector_sizes(config))
         self.language_model = LlamaForCausalLM(config.text_config)
+        self._activation: Activation | None = None
+        if config.lora_rank:
+            self._activation = add_lora(self.language_model.model.layers, config.lora_rank, config.lora_alpha)
         self.post_init()
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -73,8 +77,15 @@ class RelaySegForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """As `LlamaForCausalLM.forward`; pictures as of `image_tokens`, all of them in the order of their placeholders.
 
+        Where pictures are is read from ``input_ids``: the LoRA is at rest in a pass that has ``inputs_embeds`` alone.
+
         Raises ValueError where ``input_ids`` holds another number of placeholders than the pictures have tokens.
         """
+        follows_NS = None
+        if self._activation is not None:
+            if input_ids is not None:
+                follows_NS = follows_picture(input_ids, self.config.image_token_id, past_key_values)
+            self._activation.follows_NS1 = None if follows_NS is None else follows_NS[..., None].to(self.dtype)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None or features is not None:
@@ -86,7 +97,7 @@ class RelaySegForConditionalGeneration(PreTrainedModel, GenerationMixin):
                         f"{tokens.shape[0] * tokens.shape[1]} tokens"
                     )
                 inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), tokens.to(inputs_embeds.dtype))
-        return self.language_model(
+        output = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -94,6 +105,9 @@ class RelaySegForConditionalGeneration(PreTrainedModel, GenerationMixin):
             labels=labels,
             **kwargs,
         )
+        if follows_NS is not None:
+            keep(getattr(output, "past_key_values", None), follows_NS)
+        return output
 
     def prepare_inputs_for_generation(
         self,

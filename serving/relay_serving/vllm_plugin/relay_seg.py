@@ -2,6 +2,10 @@
 
 Registered by name in `register`, so that only processes that run such a model import this module.
 
+The LoRA acts on pictures and what follows them (`relay_models.relay_seg.activated_lora`). Which tokens these are is
+said by their positions, which vLLM asks the model for (M-RoPE), keeps for each request and gives back in each step:
+those of a picture and of what follows are counted from `FOLLOWS_PICTURE`, and brought back before they are used.
+
 Promises: a picture is normalised by the function that the model was trained with, and nowhere else; encoder and
 projector compute in float32 whatever the language model's type is, because their few parameters cost next to nothing
 and half the precision of every image token would; the prompt's one `<image>` becomes as many as the model has cells.
@@ -9,20 +13,22 @@ and half the precision of every image token would; the prompt's one `<image>` be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalDataDict
-from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMRoPE, SupportsMultiModal
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
@@ -40,6 +46,11 @@ from relay_models.relay_seg.modeling import projector_sizes
 from relay_models.relay_seg.processing import pixel_values_of
 from relay_models.relay_seg.projector import Projector
 from relay_models.text4seg.families.relay_seg import IMAGE_TOKEN
+
+FOLLOWS_PICTURE = 1 << 30  # vLLM adds to it in 32 bits
+# vLLM's matrices that hold several of ours, in their order.
+_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 class RelaySegProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
@@ -106,7 +117,7 @@ class RelaySegProcessor(BaseMultiModalProcessor[RelaySegProcessingInfo]):  # typ
 @MULTIMODAL_REGISTRY.register_processor(
     RelaySegProcessor, info=RelaySegProcessingInfo, dummy_inputs=RelaySegDummyInputs
 )
-class RelaySegForConditionalGeneration(nn.Module, SupportsMultiModal):  # type: ignore[misc]
+class RelaySegForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMRoPE):  # type: ignore[misc]
     """The same weights, by the same names, as the Hugging Face module of `relay_models.relay_seg.modeling`."""
 
     @classmethod
@@ -131,6 +142,11 @@ class RelaySegForConditionalGeneration(nn.Module, SupportsMultiModal):  # type: 
                 prefix=maybe_prefix(prefix, "language_model"),
                 architectures=["LlamaForCausalLM"],
             )
+        self.follows_T1: torch.Tensor | None = None
+        if config.lora_rank:
+            most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            self.follows_T1 = torch.zeros(most_tokens, 1, dtype=vllm_config.model_config.dtype)
+            _add_lora(self.language_model.model.layers, config.lora_rank, self.follows_T1)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -150,10 +166,86 @@ class RelaySegForConditionalGeneration(nn.Module, SupportsMultiModal):  # type: 
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: object,
     ) -> torch.Tensor | IntermediateTensors:
+        if self.follows_T1 is not None:
+            follows_T = positions[0] >= FOLLOWS_PICTURE
+            self.follows_T1[: len(follows_T), 0] = follows_T
+            positions = torch.where(follows_T, positions[0] - FOLLOWS_PICTURE, positions[0])
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         return self.language_model.compute_logits(hidden_states)
 
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[torch.Tensor, int]:
+        """[3, S] three times the positions of a prompt, and what is added to those of its answer, see the module."""
+        is_image_S = torch.tensor(input_tokens) == self.config.image_token_id
+        follows_S = is_image_S.cumsum(0) > 0
+        positions_S = torch.arange(len(input_tokens)) + FOLLOWS_PICTURE * follows_S
+        return positions_S.expand(3, -1), FOLLOWS_PICTURE * bool(follows_S.any())
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights)
+        halves: dict[str, torch.Tensor] = {}
+
+        def others() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if name.endswith((_LORA_A, _LORA_B)):
+                    halves[name] = tensor
+                else:
+                    yield name, tensor
+
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(others())
+        return loaded | _load_lora(self, halves, self.config.lora_alpha)
+
+
+class _WithLora(LinearMethodBase):  # type: ignore[misc]
+    """What another method computes, and the change of activated LoRA where ``lora_follows_T1`` of the layer is 1."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the layer had its weights before")
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self._method.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        y = self._method.apply(layer, x, bias)
+        x_TR = F.linear(x, layer.lora_down) * layer.lora_follows_T1[: x.shape[0]]
+        return y + F.linear(x_TR, layer.lora_up)
+
+
+def _add_lora(layers: nn.Module, rank: int, follows_T1: torch.Tensor) -> None:
+    """Give each linear layer room for its halves: those of a layer that is several matrices stand below one another."""
+    for name, layer in layers.named_modules():
+        if not isinstance(layer, LinearBase):
+            continue
+        if layer.tp_size != 1:
+            raise VLLMValidationError(f"relay-seg runs on one device, got a tensor parallel size of {layer.tp_size}")
+        num_parts = len(_PACKED.get(name.rpartition(".")[2], (name,)))
+        dtype = follows_T1.dtype
+        for half, shape in (
+            ("lora_down", (num_parts * rank, layer.input_size)),
+            ("lora_up", (layer.output_size, num_parts * rank)),
+        ):
+            layer.register_parameter(half, nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False))
+        layer.register_buffer("lora_follows_T1", follows_T1, persistent=False)
+        layer.quant_method = _WithLora(layer.quant_method)
+
+
+def _load_lora(model: nn.Module, halves: Mapping[str, torch.Tensor], alpha: float) -> set[str]:
+    """Copy the halves to where they belong, alpha / rank taken into the second. Returns the names of what is filled."""
+    filled: set[str] = set()
+    for module, layer in model.language_model.model.layers.named_modules():
+        if not hasattr(layer, "lora_down"):
+            continue
+        parent, _, child = f"language_model.model.layers.{module}".rpartition(".")
+        row, column = 0, 0
+        for part in _PACKED.get(child, (child,)):
+            down, up = halves[f"{parent}.{part}{_LORA_A}"], halves[f"{parent}.{part}{_LORA_B}"]
+            layer.lora_down.data[column : column + len(down)] = down
+            layer.lora_up.data[row : row + len(up), column : column + len(down)] = alpha / len(down) * up.float()
+            row, column = row + len(up), column + len(down)
+        filled |= {f"{parent}.{child}.lora_down", f"{parent}.{child}.lora_up"}
+    return filled

@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -333,6 +334,25 @@ def test_the_table_tells_the_figures_and_how_they_were_got():
     assert "Answers: 8 complete." in text
     header_width = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
     assert header_width == {5, 8}
+
+
+def test_photos_may_be_asked_about_at_a_time():
+    photos = [replace(PHOTO, file=f"{number}.jpg") for number in range(9)]
+    together, asked = Barrier(3), []
+
+    def answer(photo: Photo, queries: list[Query]) -> list[Reply]:
+        together.wait(timeout=60)  # broken where three photos are not asked about at a time
+        asked.append(photo.file)
+        return one_by_one(photo, queries)
+
+    def one_by_one(photo: Photo, queries: list[Query]) -> list[Reply]:
+        return perfect(photo, queries) if photo.file < "5" else silent(photo, queries)
+
+    expected = evaluate(photos, one_by_one, settings=QUICK)
+    assert evaluate(photos, answer, settings=QUICK, concurrency=3) == expected
+    assert sorted(asked) == [photo.file for photo in photos]
+    with pytest.raises(RelayModelsError, match="concurrency must be at least 1, got 0"):
+        evaluate(photos, answer, settings=QUICK, concurrency=0)
 
 
 def test_progress_is_told():

@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from relay_models.errors import CheckpointError, ImageError, LabelError
 from relay_models.relay_seg import assemble as assembly
+from relay_models.relay_seg.activated_lora import add_lora
 from relay_models.relay_seg.assemble import assemble, read_trained, renamed_image_token, save_trained
 from relay_models.relay_seg.configuration import RelaySegConfig
 from relay_models.relay_seg.modeling import RelaySegForConditionalGeneration, projector_sizes
@@ -51,16 +53,19 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained() -> dict[str, torch.Tensor]:
-    """What a training leaves: a small projector, and a change to one module."""
+def trained(base: Path) -> dict[str, torch.Tensor]:
+    """What a training leaves: a small projector, and a change to every linear layer of the language model."""
     config = RelaySegConfig(**SMALL)
     config.text_config.hidden_size = 576
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         projector = Projector(projector_sizes(config)).state_dict()
-        halves = {"lora_A": torch.randn(RANK, 576), "lora_B": torch.randn(576, RANK)}
+        with torch.device("meta"):
+            layers = LlamaForCausalLM(LlamaConfig.from_pretrained(base)).model.layers
+            add_lora(layers, RANK, ALPHA)
+        halves = {name: torch.randn(half.shape) for name, half in layers.named_parameters() if ".lora_" in name}
     tensors = {f"projector.{name}": tensor for name, tensor in projector.items()}
-    tensors |= {f"{MODULE}.{half}.weight": tensor for half, tensor in halves.items()}
+    tensors |= {f"language_model.model.layers.{name}": half for name, half in halves.items()}
     return {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
@@ -82,13 +87,19 @@ def test_every_tensor_is_the_bases_the_encoders_or_ours(folder, base, encoder, t
     made = load_file(folder / "model.safetensors")
     originals = {f"language_model.{name}": tensor for name, tensor in load_file(base / "model.safetensors").items()}
     originals |= {f"encoder.{name}": t for name, t in torch.load(encoder, weights_only=True).items()}
-    originals |= {name: tensor for name, tensor in trained.items() if name.startswith("projector.")}
+    originals |= trained
     assert made.keys() == originals.keys()
-    changed = {name for name, tensor in made.items() if not torch.equal(tensor, originals[name])}
-    assert changed == {f"{MODULE}.weight"}
-    delta = ALPHA / RANK * (trained[f"{MODULE}.lora_B.weight"].double() @ trained[f"{MODULE}.lora_A.weight"].double())
-    expected = originals[f"{MODULE}.weight"].double() + delta
-    torch.testing.assert_close(made[f"{MODULE}.weight"].double(), expected, rtol=2**-8, atol=1e-6)
+    assert {name for name, tensor in made.items() if not torch.equal(tensor, originals[name])} == set()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["lora_rank"], config["lora_alpha"]) == (RANK, ALPHA)
+
+
+def test_a_chat_without_a_picture_is_the_bases(folder, base):
+    model = RelaySegForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    plain = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ids = RelaySegProcessor.from_pretrained(folder).tokenizer("Why is the sky blue?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_the_folder_loads_and_sees_its_picture(folder):
@@ -174,7 +185,8 @@ def test_a_folder_in_the_way_is_left_alone(base, encoder, weights, tmp_path):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        ({f"{MODULE}.lora_A.weight": None}, {}, "q_proj.lora_B.weight in .* is half of a change"),
+        ({f"{MODULE}.lora_A.weight": None}, {}, "q_proj.lora_A.weight is missing from"),
+        ({f"{MODULE}.lora_B.weight": None}, {}, "q_proj.lora_B.weight is missing from"),
         ({"projector.enter.weight": None}, {}, "projector.enter.weight is missing from"),
         (
             {"projector.enter.weight": torch.ones(3)},
@@ -182,14 +194,20 @@ def test_a_folder_in_the_way_is_left_alone(base, encoder, weights, tmp_path):
             r"projector.enter.weight in .* has shape \[3\], expected \[32, ",
         ),
         ({"projector.extra": torch.ones(3)}, {}, "projector.extra is of no use to relay-seg, but in"),
-        ({"encoder._fc.bias": torch.ones(3)}, {}, "encoder._fc.bias in .* is neither of the projector nor half"),
-        ({f"{MODULE}.lora_A.weight": torch.ones(33, 576)}, {}, r"have shapes \[33, 576\] and \[576, 4\]"),
+        ({"encoder.extra.bias": torch.ones(3)}, {}, "encoder.extra.bias is of no use to relay-seg, but in"),
+        ({"encoder._bn0.bias": torch.ones(3)}, {}, "encoder._bn0.bias in .* is not ours to change"),
+        ({"language_model.model.norm.weight": torch.ones(576)}, {}, "model.norm.weight in .* is not ours to change"),
+        ({f"{MODULE}.lora_A.weight": torch.ones(5, 576)}, {}, r"changes of one rank, from 1 to 32, got 4 \(.*, 5 \("),
         (
-            {f"{MODULE}.lora_A.weight": torch.ones(33, 576), f"{MODULE}.lora_B.weight": torch.ones(576, 33)},
+            {f"{MODULE}.lora_A.weight": torch.ones(4, 9)},
             {},
-            "with a rank of at most 32",
+            r"lora_A.weight in .* has shape \[4, 9\], expected \[4, 576\]",
         ),
-        ({f"{MODULE}.lora_A.weight": torch.ones(4, 9)}, {}, r"has shape \[576, 9\], expected \[576, 576\]"),
+        (
+            {f"{MODULE}.lora_B.weight": torch.ones(9, 4)},
+            {},
+            r"lora_B.weight in .* has shape \[9, 4\], expected \[576, 4\]",
+        ),
         ({"projector.enter.bias": torch.full((32,), torch.nan)}, {}, "projector.enter.bias in .* must hold finite"),
         ({}, {"lora_alpha": "much"}, "lora_alpha in .* must be a number, got 'much'"),
         ({}, {"lora_alpha": None}, "lora_alpha in .* must be a number, got None"),
@@ -220,7 +238,20 @@ def test_a_change_to_what_the_base_does_not_have_is_refused(trained, base, monke
     save_trained(tmp_path / "trained.safetensors", moved, lora_alpha=ALPHA, **SMALL)
     monkeypatch.setattr(assembly, "check_base", lambda folder: None)
     monkeypatch.setattr(assembly, "read_checkpoint", lambda path: encoder_tensors())
-    with pytest.raises(CheckpointError, match=r"layers\.30\.self_attn\.q_proj\.weight is changed by .*, but the base"):
+    with pytest.raises(CheckpointError, match=r"layers\.30\..*\.weight is of no use to relay-seg, but in"):
+        assemble(base, tmp_path, tmp_path / "trained.safetensors", tmp_path / "target")
+
+
+@pytest.mark.parametrize(("rank", "found"), [(33, r"33 \("), (0, "none")])
+def test_ranks_that_are_not_served_are_refused(rank, found, trained, base, monkeypatch, tmp_path):
+    tensors = {name: tensor for name, tensor in trained.items() if ".lora_" not in name}
+    for name, tensor in trained.items():
+        if rank and ".lora_" in name:
+            tensors[name] = torch.ones(rank, tensor.shape[1]) if "lora_A" in name else torch.ones(len(tensor), rank)
+    save_trained(tmp_path / "trained.safetensors", tensors, lora_alpha=ALPHA, **SMALL)
+    monkeypatch.setattr(assembly, "check_base", lambda folder: None)
+    monkeypatch.setattr(assembly, "read_checkpoint", lambda path: encoder_tensors())
+    with pytest.raises(CheckpointError, match=f"must hold changes of one rank, from 1 to 32, got {found}"):
         assemble(base, tmp_path, tmp_path / "trained.safetensors", tmp_path / "target")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from relay_models.relay_seg.configuration import RelaySegConfig
 from relay_models.relay_seg.modeling import RelaySegForConditionalGeneration
@@ -28,7 +28,7 @@ def model() -> RelaySegForConditionalGeneration:
     )
     config = RelaySegConfig(
         text_config=text, image_side=64, grid=2, projector_width=16, projector_layers=1, projector_heads=2,
-        projector_classes=3,
+        projector_classes=3, lora_rank=2, lora_alpha=4.0,
     )  # fmt: skip
     torch.manual_seed(0)
     made = RelaySegForConditionalGeneration(config).eval()
@@ -49,8 +49,48 @@ def test_tokens_stand_in_the_place_of_the_placeholders(model: RelaySegForConditi
         logits = model(input_ids=sequence, pixel_values=pixels).logits
         embeddings = model.get_input_embeddings()(sequence)
         embeddings[0, 1:5] = model.projector(model.encoder(pixels))[0]
+        model._activation.follows_NS1 = torch.tensor([[0.0, 1, 1, 1, 1, 1]])[..., None]
         expected = model.language_model(inputs_embeds=embeddings).logits
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.fixture(scope="module")
+def base(model: RelaySegForConditionalGeneration) -> LlamaForCausalLM:
+    """The language model without its change."""
+    made = LlamaForCausalLM(model.config.text_config).eval()
+    kept = {name: t for name, t in model.language_model.state_dict().items() if ".lora_" not in name}
+    made.load_state_dict(kept)
+    return made
+
+
+def test_a_text_without_a_picture_is_the_bases(model: RelaySegForConditionalGeneration, base: LlamaForCausalLM) -> None:
+    sequence = ids(5, 7, 9, 30, 31)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=sequence).logits, base(input_ids=sequence).logits)
+        written = model.generate(input_ids=sequence, max_new_tokens=6, do_sample=False)
+        assert written.tolist() == base.generate(input_ids=sequence, max_new_tokens=6, do_sample=False).tolist()
+
+
+def test_what_comes_before_a_picture_is_the_bases_and_what_follows_is_not(
+    model: RelaySegForConditionalGeneration, base: LlamaForCausalLM
+) -> None:
+    sequence = ids(5, 7, 9, IMAGE, IMAGE, IMAGE, IMAGE, 30)
+    embeddings = base.get_input_embeddings()(sequence)
+    with torch.no_grad():
+        found = model(input_ids=sequence, features=torch.zeros(1, 1728, 2, 2)).logits
+        embeddings[0, 3:7] = model.projector(torch.zeros(1, 1728, 2, 2))[0]
+        expected = base(inputs_embeds=embeddings).logits
+    assert torch.equal(found[:, :3], expected[:, :3])
+    assert (found[:, 3:] - expected[:, 3:]).abs().amax((0, 2)).min() > 1e-3
+
+
+def test_sequences_of_a_batch_are_told_apart(model: RelaySegForConditionalGeneration) -> None:
+    pixels = torch.randn(1, 3, 64, 64)
+    seen, unseen = ids(5, IMAGE, IMAGE, IMAGE, IMAGE, 7), ids(5, 8, 9, 10, 11, 7)
+    with torch.no_grad():
+        both = model(input_ids=torch.cat((unseen, seen)), pixel_values=pixels).logits
+        torch.testing.assert_close(both[:1], model(input_ids=unseen).logits)
+        torch.testing.assert_close(both[1:], model(input_ids=seen, pixel_values=pixels).logits)
 
 
 def test_cached_features_say_what_the_picture_says(model: RelaySegForConditionalGeneration) -> None:

@@ -2,8 +2,9 @@
 
 A job is ``{"model", "engine", "pictures", "batches", "chats", "refused_options"}``. ``pictures`` are files, read as the
 server reads those of its requests; a batch is ``{"requests", "max_tokens", "logits"}``, its requests are [picture
-number, question] and run together, to the end of the answer or, with logits, to the last token. The result holds, batch
-by batch, token ids, texts, cached prompt tokens and raw logits, and the counters of relay.
+number, question], or [null, prompt] without a picture, and run together, to the end of the answer or, with logits, to
+the last token. The result holds, batch by batch, token ids, texts, cached prompt tokens and raw logits, and the
+counters of relay.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def ask(llm: Any, family: Any, pictures: list[Picture], batch: dict[str, Any]) -
         detokenize=not batch["logits"],
     )
     prompts = [
-        {
+        {"prompt": question}
+        if number is None
+        else {
             "prompt": family.prompt(question),
             "multi_modal_data": {"image": pictures[number].square},
             "multi_modal_uuids": {"image": pictures[number].id},

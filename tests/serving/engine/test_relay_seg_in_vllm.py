@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from transformers import LlamaForCausalLM
 
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.relay_seg.processing import RelaySegProcessor
@@ -121,15 +122,17 @@ def pictures() -> list[bytes]:
     return [jpeg(blocks[0]), jpeg(blocks[1], orientation=6), png(half_transparent(blocks[2]))]
 
 
+PLAIN = "One day a little fox went to the river, because it had heard of the fish that live there, and " * 3
 QUESTIONS = questions("the dog", "a red car, number 5", "person", "zebra")
 
 
 @pytest.fixture(scope="module")
 def answered(tiny: Path, pictures: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One question about each picture, alone; then three more about the first, together."""
+    """One question about each picture, alone; then three more about the first, together; then texts beside one."""
     folder = tmp_path_factory.mktemp("answered")
     requests = [[[number, QUESTIONS[0]]] for number in range(3)]
     requests.append([[0, asked] for asked in QUESTIONS[1:]])
+    requests.append([[None, PLAIN], [0, QUESTIONS[0]], [None, PLAIN + " What then?"]])
     job = {
         "model": str(tiny),
         "pictures": written(folder, pictures),
@@ -145,7 +148,7 @@ def test_logits_are_those_of_the_hugging_face_module(tiny, pictures, answered):
     for number, data in enumerate(pictures):
         (answer,) = answered["batches"][number]
         assert check_logits(module, processor, as_seen(data), QUESTIONS[0], answer) < TOLERANCE
-    for asked, answer in zip(QUESTIONS[1:], answered["batches"][-1], strict=True):
+    for asked, answer in zip(QUESTIONS[1:], answered["batches"][3], strict=True):
         assert check_logits(module, processor, as_seen(pictures[0]), asked, answer) < TOLERANCE
 
 
@@ -170,10 +173,30 @@ def test_questions_about_one_picture_share_all_of_it(answered):
     assert [answer["cached"] for answer in (first, *others)] == [0, 0, 0]
     full_blocks = (cells[-1] + 1) // BLOCK * BLOCK
     assert full_blocks >= 256
-    assert [answer["cached"] for answer in answered["batches"][-1]] == [full_blocks] * 3
+    assert [answer["cached"] for answer in answered["batches"][3]] == [full_blocks] * 3
     (counters,) = answered["counters"]
     assert counters["relay_steps"] > 0
     assert counters["grouped_requests"] >= 3
+
+
+def test_texts_beside_a_picture_are_answered_by_the_base(tiny, pictures, answered):
+    """In steps of both kinds, the change to the language model acts on the question about the picture alone."""
+    module, processor = load_module(tiny), RelaySegProcessor.from_pretrained(tiny)
+    first, about_picture, second = answered["batches"][-1]
+    assert check_logits(module, processor, as_seen(pictures[0]), QUESTIONS[0], about_picture) < TOLERANCE
+    base = plain_llama(module)
+    for answer in (first, second):
+        said = torch.tensor([answer["prompt"] + answer["tokens"]])
+        with torch.no_grad():
+            expected_SV = base(input_ids=said).logits[0, len(answer["prompt"]) - 1 : -1]
+        assert (expected_SV - answer["logits_SV"]).abs().max() < TOLERANCE
+
+
+def plain_llama(module: Any) -> LlamaForCausalLM:
+    """The language model of a relay-seg module, without the change."""
+    base = LlamaForCausalLM(module.config.text_config).eval()
+    base.load_state_dict({name: t for name, t in module.language_model.state_dict().items() if ".lora_" not in name})
+    return base
 
 
 def test_options_of_a_picture_are_refused(answered):

@@ -22,9 +22,12 @@ What it promises:
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -219,17 +222,19 @@ def evaluate(
     data: str = "",
     conditions: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    concurrency: int = 1,
 ) -> EvaluationReport:
     """Ask about all photos, and report.
 
     Args:
         photos: with their truth.
-        answer: called once for each photo with something to ask, in order.
+        answer: called once for each photo with something to ask; in order, unless several are asked about at a time.
         settings: by default `EvaluationSettings()`.
         answer_classes: where given, it is also asked one multi-class question a photo: for all classes that are
             complete there and those that `absent` queries are for.
         model, data, conditions: for the report.
         progress: called with the number of photos done and of all photos.
+        concurrency: photos asked about at a time, each in a thread of its own.
 
     Raises:
         RelayModelsError: there is no photo, or a reply is missing or has another size than its photo.
@@ -237,25 +242,62 @@ def evaluate(
     settings = settings or EvaluationSettings()
     if not photos:
         raise RelayModelsError("photos must hold at least one photo")
+    if concurrency < 1:
+        raise RelayModelsError(f"concurrency must be at least 1, got {concurrency}")
+
+    def asked_about(photo: Photo) -> _Answered:
+        queries = queries_of(photo, settings)
+        replies = answer(photo, queries) if queries else ()
+        if answer_classes is None or not (classes := _classes_of(photo, settings)):
+            return _Answered(photo, queries, replies, (), None)
+        return _Answered(photo, queries, replies, classes, answer_classes(photo, classes))
+
     outcomes: list[Outcome] = []
     best: list[Outcome] = []
     statuses: Counter[str] = Counter()
     vocabulary = list(dict.fromkeys(label for photo in photos for label in (*photo.labels, *photo.absent)))
     counts = _ClassCounts(vocabulary)
-    for number, photo in enumerate(photos, start=1):
-        queries = queries_of(photo, settings)
-        replies = answer(photo, queries) if queries else ()
+    for number, (photo, queries, replies, classes, map_HW) in enumerate(
+        _in_order(asked_about, photos, concurrency), start=1
+    ):
         _check_replies(photo, queries, replies)
         statuses.update(reply.status for reply in replies)
         for query, reply in zip(queries, replies, strict=True):
             truth_HW, ignore_HW = truth_of(photo, query)
             outcomes.append(_outcome(photo, query, reply.mask_HW, truth_HW, ignore_HW))
             best.append(_outcome(photo, query, ceiling_mask(truth_HW, settings.grid), truth_HW, ignore_HW))
-        if answer_classes is not None and (asked := _classes_of(photo, settings)):
-            counts.add(asked, _confusion(photo, asked, answer_classes(photo, asked)))
+        if map_HW is not None:
+            counts.add(classes, _confusion(photo, classes, map_HW))
         if progress is not None:
             progress(number, len(photos))
     return _report(photos, outcomes, best, statuses, counts, settings, (model, data, conditions))
+
+
+class _Answered(NamedTuple):
+    """One photo, with what was asked about it and answered."""
+
+    photo: Photo
+    queries: Sequence[Query]
+    replies: Sequence[Reply]
+    classes: Sequence[str]  # of the multi-class question
+    map_HW: npt.NDArray[np.integer] | None  # noqa: N815
+
+
+def _in_order(work: Callable[[Photo], _Answered], photos: Sequence[Photo], concurrency: int) -> Iterator[_Answered]:
+    """What ``work`` makes of each photo; no more than so many are worked on, or wait to be taken, at a time."""
+    if concurrency == 1:
+        yield from map(work, photos)
+        return
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        rest = iter(photos)
+        begun = deque(pool.submit(work, photo) for photo in islice(rest, concurrency))
+        while begun:
+            answered = begun.popleft().result()
+            begun.extend(pool.submit(work, photo) for photo in islice(rest, 1))
+            yield answered
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def queries_of(photo: Photo, settings: EvaluationSettings | None = None) -> list[Query]:

@@ -4,8 +4,9 @@ The sequence is one prefix (system sentence, picture) and several questions with
 prefix and itself, and its positions go on from the prefix, as if it alone had been asked: what is computed is what as
 many passes would give, but the prefix is computed once, and attention never forms a mask over the whole sequence.
 
-Weights are merged before each step (`merge`) and rounded to the base's dtype, so that what is trained is what is
-served; the gradient of the halves is formed without that of the whole (`_LoraLinear`).
+The change is for the picture and what follows it: tokens before it are computed as the base computes them, as when
+the model is served (activated LoRA, arXiv 2504.12397). Weights are merged before each step (`merge`) and rounded to the
+base's dtype; the gradient of the halves is formed without that of the whole (`_LoraLinear`).
 
 Legend: S tokens of a packed sequence, P of them the prefix, Q questions, L the longest of them, D width, N heads,
 H a head's width, R rank.
@@ -38,10 +39,12 @@ class PackedLayout:
     Attributes:
         prefix: tokens of the prefix.
         lengths: tokens of each question, in order, its answer included.
+        unchanged: tokens at the beginning of the prefix that are computed as the base computes them.
     """
 
     prefix: int
     lengths: tuple[int, ...]
+    unchanged: int = 0
 
     def positions_S(self) -> Tensor:  # noqa: N802
         pieces = [torch.arange(self.prefix), *(torch.arange(length) + self.prefix for length in self.lengths)]
@@ -79,19 +82,28 @@ class Guide:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x @ merged.T, where merged = base + scale * up @ down is not differentiated as a whole, but in its halves."""
+    """x @ merged.T, where merged = base + scale * up @ down is not differentiated as a whole, but in its halves.
+
+    The first ``unchanged`` rows are x @ base.T. Nothing that is trained comes before them: they get no gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, merged: Tensor, scale: float, *halves: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, base: Tensor, merged: Tensor, scale: float, unchanged: int, *halves: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x, merged, *halves)
-        ctx.scale = scale
-        return F.linear(x, merged)
+        ctx.scale, ctx.unchanged = scale, unchanged
+        y = F.linear(x, merged)
+        y[:unchanged] = F.linear(x[:unchanged], base)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, merged, *halves = ctx.saved_tensors
         dx = dy @ merged
+        dx[: ctx.unchanged] = 0
+        x, dy = x[ctx.unchanged :], dy[ctx.unchanged :]
         found: list[Tensor | None] = []
         start = 0
         for down, up in zip(halves[::2], halves[1::2], strict=True):
@@ -101,7 +113,7 @@ class _LoraLinear(torch.autograd.Function):
             dy_R = dy_part @ up.to(dy.dtype)
             found.append((dy_R.T @ x).float() * ctx.scale)
             found.append((dy_part.T @ x_R).float() * ctx.scale)
-        return dx, None, None, *found
+        return dx, None, None, None, None, *found
 
 
 class _Group(nn.Module):
@@ -127,9 +139,9 @@ class _Group(nn.Module):
             torch.addmm(self.base[rows], up.to(dtype), down.to(dtype), alpha=self.scale, out=self.merged[rows])
             start += len(up)
 
-    def forward(self, x_SD: Tensor) -> Tensor:
+    def forward(self, x_SD: Tensor, unchanged: int) -> Tensor:
         halves = [half for pair in zip(self.downs, self.ups, strict=True) for half in pair]
-        return _LoraLinear.apply(x_SD, self.merged, self.scale, *halves)
+        return _LoraLinear.apply(x_SD, self.base, self.merged, self.scale, unchanged, *halves)
 
 
 class LoraLlama(nn.Module):
@@ -199,16 +211,17 @@ class LoraLlama(nn.Module):
         attention = _Attention(layout, self.heads // self.kv_heads, x_SD.dtype)
         for number, layer in enumerate(self.layers):
             y_SD = self._norm(x_SD, layer.input_layernorm)
-            qkv = layer.qkv(y_SD).view(len(x_SD), -1, self.head_width)
+            qkv = layer.qkv(y_SD, layout.unchanged).view(len(x_SD), -1, self.head_width)
             qk, v = qkv[:, : self.heads + self.kv_heads], qkv[:, self.heads + self.kv_heads :]
             qk = qk * cos_S1H + qk.roll(self.head_width // 2, -1) * sin_S1H
             q, k = qk[:, : self.heads], qk[:, self.heads :]
             watched = guide if guide is not None and number in guide.layers else None
             mixed, seen = attention(q, k, v, watched)
             shares += seen
-            x_SD = x_SD + layer.out(mixed)
-            gate, up = layer.gate_up(self._norm(x_SD, layer.post_attention_layernorm)).chunk(2, -1)
-            x_SD = x_SD + layer.down(F.silu(gate) * up)
+            x_SD = x_SD + layer.out(mixed, layout.unchanged)
+            y_SD = self._norm(x_SD, layer.post_attention_layernorm)
+            gate, up = layer.gate_up(y_SD, layout.unchanged).chunk(2, -1)
+            x_SD = x_SD + layer.down(F.silu(gate) * up, layout.unchanged)
             if guide is not None and number in guide.probed:
                 probed.append(x_SD[guide.source_M])
             if guide is not None and number == guide.stop:

@@ -160,7 +160,8 @@ class Packer:
                     asked.append(rows[max(exchange.runs[place][0] // self.grid, 0)])
                     topics.append(exchange.topic)
             start += len(exchange.ids)
-        layout = PackedLayout(len(prefix), tuple(len(exchange.ids) for exchange in exchanges))
+        unchanged = len(self.text_prefix) if has_image else 0
+        layout = PackedLayout(len(prefix), tuple(len(exchange.ids) for exchange in exchanges), unchanged)
         start_A, end_A, length_A = torch.tensor(runs).unbind(1)
         return PackedSequence(
             torch.tensor(ids),
