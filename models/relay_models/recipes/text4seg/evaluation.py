@@ -45,12 +45,15 @@ from relay_models.recipes.text4seg.metrics import (
     T_ACC,
     T_ACC_ALL,
     VISIBLE_SHARE,
+    ClassCounts,
+    Counts,
     Outcome,
     Ratio,
     Score,
     area_bucket,
     ceiling_mask,
     compare,
+    confusion,
     macro,
     score,
     score_of_ceiling,
@@ -59,8 +62,6 @@ from relay_models.recipes.text4seg.questions import class_question, known_absent
 from relay_models.text4seg.codec import decode_answer
 from relay_models.text4seg.geometry import upsample
 from relay_models.text4seg.prompts import template_index
-
-Counts = npt.NDArray[np.int64]
 
 CLASS, ABSENT, CLASS_EXPRESSION = "class", "absent", "class expression"
 QUERY_KINDS = (CLASS, ABSENT, CLASS_EXPRESSION, *EXPRESSION_KINDS[1:])
@@ -256,7 +257,8 @@ def evaluate(
     best: list[Outcome] = []
     statuses: Counter[str] = Counter()
     vocabulary = list(dict.fromkeys(label for photo in photos for label in (*photo.labels, *photo.absent)))
-    counts = _ClassCounts(vocabulary)
+    place = {label: number for number, label in enumerate(vocabulary, start=1)}
+    counts = ClassCounts(len(vocabulary) + 1)
     for number, (photo, queries, replies, classes, map_HW) in enumerate(
         _in_order(asked_about, photos, concurrency), start=1
     ):
@@ -267,7 +269,7 @@ def evaluate(
             outcomes.append(_outcome(photo, query, reply.mask_HW, truth_HW, ignore_HW))
             best.append(_outcome(photo, query, ceiling_mask(truth_HW, settings.grid), truth_HW, ignore_HW))
         if map_HW is not None:
-            counts.add(classes, _confusion(photo, classes, map_HW))
+            counts.add(_confusion(photo, classes, map_HW), [0, *(place[label] for label in classes)])
         if progress is not None:
             progress(number, len(photos))
     return _report(photos, outcomes, best, statuses, counts, settings, (model, data, conditions))
@@ -398,40 +400,7 @@ def _confusion(photo: Photo, asked: Sequence[str], answered_HW: npt.NDArray[np.i
     masks = [(place, photo.class_mask(label)) for place, label in enumerate(asked, start=1) if label in photo.labels]
     for place, mask_HW in sorted(masks, key=lambda pair: -int(pair[1].sum())):
         truth_HW[mask_HW] = place
-    size = len(asked) + 1
-    pairs_N = truth_HW.ravel() * size + answered_HW.astype(np.int64).ravel()
-    return np.bincount(pairs_N, minlength=size**2).reshape(size, size)
-
-
-class _ClassCounts:
-    """What label maps add up to, of each class and of `others`, which is the first; all that `mean_iou` takes of them.
-
-    Legend: K classes of the vocabulary and `others`; A classes that a photo was asked for and `others`.
-    """
-
-    def __init__(self, vocabulary: Sequence[str]) -> None:
-        self._place = {label: place for place, label in enumerate(vocabulary, start=1)}
-        # Pixels: rightly answered, true, answered, and answered where `others` is true.
-        self._hits_K, self._true_K, self._answered_K, self._invented_K = np.zeros((4, len(vocabulary) + 1), np.int64)
-
-    def add(self, asked: Sequence[str], confusion_AA: Counts) -> None:
-        """One photo's, see `_confusion`."""
-        place_A = [0, *(self._place[label] for label in asked)]
-        np.add.at(self._hits_K, place_A, confusion_AA.diagonal())
-        np.add.at(self._true_K, place_A, confusion_AA.sum(axis=1))
-        np.add.at(self._answered_K, place_A, confusion_AA.sum(axis=0))
-        np.add.at(self._invented_K, place_A, confusion_AA[0])
-
-    def mean_iou(self, *, as_published: bool = False) -> float | None:
-        """As `metrics.mean_iou` of the maps."""
-        hits_K, answered_K = self._hits_K.copy(), self._answered_K.copy()
-        if as_published:
-            answered_K -= self._invented_K
-            answered_K[0] += self._true_K[0]
-            hits_K[0] = self._true_K[0]
-        unions_K = self._true_K + answered_K - hits_K
-        is_met_K = unions_K > 0
-        return float((hits_K[is_met_K] / unions_K[is_met_K]).mean()) if is_met_K.any() else None
+    return confusion(answered_HW, truth_HW, len(asked) + 1)
 
 
 # ---------------------------------------------------------------- ceilings
@@ -498,7 +467,7 @@ def _report(
     outcomes: list[Outcome],
     best: list[Outcome],
     statuses: Counter[str],
-    counts: _ClassCounts,
+    counts: ClassCounts,
     settings: EvaluationSettings,
     named: tuple[str, str, Mapping[str, str] | None],
 ) -> EvaluationReport:

@@ -11,7 +11,7 @@ outcomes (`Ratio`), so that a score over any part of them, and its bootstrap, ne
     T_ACC     of what covers at least `VISIBLE_SHARE` of the frame, how much was answered with a mask that is not empty
     T_ACC_ALL the same of whatever is there, as GRES defines it
     REC_ACC   of what is there, how often the boxes of the two masks meet with an IoU above 0.5
-    mean_iou  over classes, from label maps
+    mIoU      over classes, from label maps (`ClassCounts`)
 
 Where published code and published definition differ, the docstring says so; "upstream" is mc-lan/Text4Seg at d6540b6.
 Intervals are percentile bootstraps over photos, because the questions about one photo are not independent.
@@ -29,6 +29,8 @@ import numpy.typing as npt
 from relay_models.errors import RelayModelsError
 from relay_models.masks import AnyMask, BoolMask, Box, box
 from relay_models.text4seg.geometry import reduce_to_grid, upsample
+
+Counts = npt.NDArray[np.int64]
 
 VISIBLE_SHARE = 0.01  # of the frame: on a 16x16 grid most of what is smaller vanishes
 BOX_THRESHOLD = 0.5
@@ -191,40 +193,58 @@ not against an annotated box; an empty mask is wrong. Boxes are half-open here a
 differs where a side has a few pixels only."""
 
 
-def mean_iou(
-    pairs: Iterable[tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]],
-    num_classes: int,
-    *,
-    as_published: bool = False,
-) -> float | None:
-    """The mean over classes of sum of intersections / sum of unions, 0 (`others`) being one of them.
-
-    Args:
-        pairs: predicted and true label maps [H, W], values below ``num_classes``.
-        num_classes: with class 0.
-        as_published: as upstream's eval_semantic_seg.py counts: where the truth is 0 whatever was predicted counts as
-            0, so that false foreground on background costs nothing, while class 0 is still part of the mean.
-
-    Classes of which there is neither truth nor prediction are left out. None where there is no pixel.
+def confusion(
+    prediction_HW: npt.NDArray[np.integer[Any]], truth_HW: npt.NDArray[np.integer[Any]], num_classes: int
+) -> Counts:
+    """[K, K] pixels by truth and prediction, of label maps [H, W] with values below ``num_classes``.
 
     Raises:
         RelayModelsError: shapes differ, or a value is not a class.
     """
-    confusion_KK = np.zeros((num_classes, num_classes), dtype=np.int64)
-    for prediction_HW, truth_HW in pairs:
-        if prediction_HW.shape != truth_HW.shape:
-            raise RelayModelsError(f"label maps must have one shape, got {prediction_HW.shape} and {truth_HW.shape}")
-        for name, map_HW in (("prediction", prediction_HW), ("truth", truth_HW)):
-            if map_HW.size and not (map_HW.min() >= 0 and map_HW.max() < num_classes):
-                raise RelayModelsError(f"{name} must hold classes below {num_classes}, got up to {map_HW.max()}")
-        index_N = truth_HW.astype(np.int64).ravel() * num_classes + prediction_HW.astype(np.int64).ravel()
-        confusion_KK += np.bincount(index_N, minlength=num_classes**2).reshape(num_classes, num_classes)
-    if as_published:
-        confusion_KK[0] = [confusion_KK[0].sum(), *[0] * (num_classes - 1)]
-    hits_K = confusion_KK.diagonal()
-    unions_K = confusion_KK.sum(axis=0) + confusion_KK.sum(axis=1) - hits_K
-    is_met_K = unions_K > 0
-    return float((hits_K[is_met_K] / unions_K[is_met_K]).mean()) if is_met_K.any() else None
+    if prediction_HW.shape != truth_HW.shape:
+        raise RelayModelsError(f"label maps must have one shape, got {prediction_HW.shape} and {truth_HW.shape}")
+    for name, map_HW in (("prediction", prediction_HW), ("truth", truth_HW)):
+        if map_HW.size and not (map_HW.min() >= 0 and map_HW.max() < num_classes):
+            raise RelayModelsError(f"{name} must hold classes below {num_classes}, got up to {map_HW.max()}")
+    index_N = truth_HW.astype(np.int64).ravel() * num_classes + prediction_HW.astype(np.int64).ravel()
+    return np.bincount(index_N, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+class ClassCounts:
+    """What label maps add up to, class by class: all that mIoU takes of them.
+
+    Legend: K classes, 0 (`others`) being one of them; A those that one photo was asked about.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        # Pixels: rightly answered, true, answered, and answered where `others` is true.
+        self._hits_K, self._true_K, self._answered_K, self._invented_K = np.zeros((4, num_classes), np.int64)
+
+    def add(self, confusion_AA: Counts, classes_A: Sequence[int] | None = None) -> None:
+        """One photo's `confusion`; ``classes_A`` says which classes it is about, `others` first, if not all."""
+        place_A = range(len(self._hits_K)) if classes_A is None else classes_A
+        np.add.at(self._hits_K, place_A, confusion_AA.diagonal())
+        np.add.at(self._true_K, place_A, confusion_AA.sum(axis=1))
+        np.add.at(self._answered_K, place_A, confusion_AA.sum(axis=0))
+        np.add.at(self._invented_K, place_A, confusion_AA[0])
+
+    def mean_iou(self, *, as_published: bool = False) -> float | None:
+        """The mean over classes of sum of intersections / sum of unions.
+
+        Args:
+            as_published: as upstream's eval_semantic_seg.py counts: where the truth is 0 whatever was predicted counts
+                as 0, so that false foreground on background costs nothing, while class 0 is still part of the mean.
+
+        Classes of which there is neither truth nor prediction are left out. None where there is no pixel.
+        """
+        hits_K, answered_K = self._hits_K.copy(), self._answered_K.copy()
+        if as_published:
+            answered_K -= self._invented_K
+            answered_K[0] += self._true_K[0]
+            hits_K[0] = self._true_K[0]
+        unions_K = self._true_K + answered_K - hits_K
+        is_met_K = unions_K > 0
+        return float((hits_K[is_met_K] / unions_K[is_met_K]).mean()) if is_met_K.any() else None
 
 
 # ---------------------------------------------------------------- how sure
