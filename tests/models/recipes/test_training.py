@@ -38,7 +38,8 @@ from relay_models.recipes.text4seg.training import (
     load_trained,
 )
 from relay_models.recipes.text4seg.warmup import WarmupOptions, warm_up
-from relay_models.relay_seg.assemble import _deltas, read_trained
+from relay_models.relay_seg.activated_lora import add_lora
+from relay_models.relay_seg.assemble import read_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.relay_seg.projector import Projector, ProjectorSizes
 from relay_models.text4seg.families.relay_seg import CONVERSATION, IMAGE_TOKEN
@@ -122,6 +123,34 @@ def test_a_packed_question_is_what_it_is_alone(lengths: tuple[int, ...]) -> None
             start += length
 
 
+def test_tokens_before_the_picture_are_computed_as_the_base_computes_them() -> None:
+    config, unchanged = tiny_config(), 4
+    module = LlamaForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    torch.manual_seed(1)
+    ours = LoraLlama(config, module.state_dict(), rank=3, alpha=6.0, seed=0, dtype=torch.float32)
+    activation = add_lora(module.model.layers, 3, 6.0)
+    weights = dict(module.named_parameters())
+    halves = ours.named_halves()
+    with torch.no_grad():
+        for name, half in halves.items():
+            half.normal_(std=0.2)
+            weights[name.removeprefix("language_model.")].copy_(half)
+    ours.merge()
+    ids = torch.randint(0, 128, (11,))
+    wanted = torch.randn(11, config.hidden_size)
+    activation.follows_NS1 = (torch.arange(11) >= unchanged).float()[None, :, None]
+    expected = module.model(ids[None]).last_hidden_state[0]
+    found = ours(F.embedding(ids, ours.embeddings), PackedLayout(6, (5,), unchanged))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    (expected * wanted).sum().backward()
+    (found * wanted).sum().backward()
+    for name, half in halves.items():
+        torch.testing.assert_close(half.grad, weights[name.removeprefix("language_model.")].grad, rtol=1e-3, atol=1e-3)
+
+
 def test_the_halves_get_the_gradient_that_the_whole_would_give_them() -> None:
     generator = torch.Generator().manual_seed(0)
     bases = [torch.randn(rows, 7, generator=generator, dtype=torch.float64) for rows in (5, 3)]
@@ -131,7 +160,7 @@ def test_the_halves_get_the_gradient_that_the_whole_would_give_them() -> None:
     group.merge()
     x = torch.randn(11, 7, dtype=torch.float64, requires_grad=True)
     wanted = torch.randn(11, 8, dtype=torch.float64)
-    (group(x) * wanted).sum().backward()
+    (group(x, 0) * wanted).sum().backward()
     found = [x.grad, *(parameter.grad for parameter in group.parameters())]
     again = x.detach().clone().requires_grad_(True)
     copies = [parameter.detach().double().requires_grad_(True) for parameter in group.parameters()]
@@ -186,7 +215,7 @@ def the_question(photo: Photo, kind: str = "class") -> Question:
 def test_the_tokens_are_those_of_the_servers_prompt_and_the_answer(tokenizer) -> None:
     packer = Packer(tokenizer, GRID**2)
     question = the_question(a_photo())
-    packed = packer.pack([packer.exchange(question)], has_image=True)
+    packed = packer.pack([packer.exchange(question)])
     before, after = CONVERSATION.prompt(question.prompt).split(IMAGE_TOKEN)
     text = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
     asked = [*text[0], *[IMAGE_TOKEN_ID] * GRID**2, *text[1]]
@@ -195,14 +224,6 @@ def test_the_tokens_are_those_of_the_servers_prompt_and_the_answer(tokenizer) ->
     answer = tokenizer.decode(packed.target_A)
     assert answer == f"{question.answer}<|im_end|>"
     assert (packed.ids_S[packed.source_A + 1] == packed.target_A).all()
-
-
-def test_chat_has_the_prefix_of_the_template(tokenizer) -> None:
-    packer = Packer(tokenizer, 3)
-    packed = packer.pack([packer.chat("How are you?", "Fine.")], has_image=False)
-    turns = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
-    assert f"{tokenizer.decode(packed.ids_S)}\n" == tokenizer.apply_chat_template(turns, tokenize=False)
-    assert tokenizer.decode(packed.target_A) == "Fine.<|im_end|>"
 
 
 def test_a_token_knows_its_run_and_counts_as_much_as_the_picture_is_needed_for_it(tokenizer) -> None:
@@ -317,7 +338,6 @@ OPTIONS = TrainingOptions(
     alpha=4.0,
     tokens=300,
     processes=1,
-    chat_every=3,
     warmup_steps=1,
     lora_rate=1e-2,
 )
@@ -337,7 +357,7 @@ def trainer(tokenizer, options: TrainingOptions = OPTIONS) -> _Trainer:
     rng = np.random.default_rng(0)
     photos = tuple(a_photo(f"{number}.png") for number in range(3))
     features = rng.normal(size=(3, 5, GRID, GRID)).astype(np.float16)
-    data = Data([Variant(photos, features)], np.full(3, 1 / 3), [("How are you?", "Fine."), ("Who?", "Me.")])
+    data = Data([Variant(photos, features)], np.full(3, 1 / 3))
     return _Trainer(options, model, data, tokenizer, 0)
 
 
@@ -371,7 +391,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tokenizer, tmp_path: Pa
 
 
 def test_steps_lower_the_loss_of_the_answers(tokenizer) -> None:
-    made = trainer(tokenizer, replace(OPTIONS, chat_every=0, guide_weight=0.1, reading_minutes=0.0, readings_between=0))
+    made = trainer(tokenizer, replace(OPTIONS, guide_weight=0.1, reading_minutes=0.0, readings_between=0))
     before = made.step(0, 0.0)["answers"]
     for step in range(1, 30):
         made.mean.clear()
@@ -411,11 +431,11 @@ def test_the_small_file_holds_what_was_trained(tokenizer, tmp_path: Path) -> Non
     export(tmp_path / "checkpoint.pt", tmp_path / "weights" / "small.safetensors")
     settings, tensors = read_trained(tmp_path / "weights" / "small.safetensors")
     assert settings == {"lora_alpha": 4.0, "projector_classes": 2}
-    deltas = _deltas(tensors, 4.0, tmp_path)
     made.model.llama.merge()
     layer = made.model.llama.layers[1]
     base, merged = layer.qkv.base[:48], layer.qkv.merged[:48]
-    delta = deltas["language_model.model.layers.1.self_attn.q_proj.weight"]
+    halves = [tensors[f"language_model.model.layers.1.self_attn.q_proj.lora_{half}.weight"].float() for half in "AB"]
+    delta = settings["lora_alpha"] / len(halves[0]) * halves[1] @ halves[0]
     assert delta.abs().max() > 0
     torch.testing.assert_close(base + delta, merged, rtol=0.05, atol=1e-4)
     for name, tensor in made.model.projector.state_dict().items():

@@ -69,15 +69,15 @@ class Exchange:
         ids: the tokens.
         weights: of each as a target; 0 for the question's.
         runs: the run that each is part of.
-        is_asked_GG: where the picture shows what was asked for; None for an exchange without a picture.
+        is_asked_GG: where the picture shows what was asked for.
         topic: the number of the class that was asked for, -1 where it is none or several.
     """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     runs: tuple[Run, ...]
-    is_asked_GG: npt.NDArray[np.bool_] | None = None  # noqa: N815
-    topic: int = -1
+    is_asked_GG: npt.NDArray[np.bool_]  # noqa: N815
+    topic: int
 
     def cut(self, most: int) -> Exchange:
         return replace(self, ids=self.ids[:most], weights=self.weights[:most], runs=self.runs[:most])
@@ -125,13 +125,6 @@ class Packer:
             else:
                 yield token, weight, run
 
-    def chat(self, question: str, answer: str) -> Exchange:
-        """The tokens of an exchange without a picture."""
-        asked = self._ids(question + CONVERSATION.user_close + CONVERSATION.assistant_open)
-        said = self._ids(answer + END_OF_TURN)
-        weights = (*[0.0] * len(asked), *[1.0] * len(said))
-        return Exchange((*asked, *said), weights, (_NO_RUN,) * len(weights))
-
     def cut_after_row(self, exchange: Exchange, row: int) -> Exchange:
         """The beginning of an exchange about a picture, up to the end of a row of its descriptor, from 0."""
         answer = next(place for place, weight in enumerate(exchange.weights) if weight > 0)
@@ -139,8 +132,8 @@ class Packer:
         ends = [place for place, token in enumerate(exchange.ids) if token == line_break and place >= answer]
         return exchange.cut(ends[1 + row] + 1)  # the first ends the preamble
 
-    def pack(self, exchanges: Sequence[Exchange], *, has_image: bool) -> PackedSequence:
-        prefix = self.image_prefix if has_image else self.text_prefix
+    def pack(self, exchanges: Sequence[Exchange]) -> PackedSequence:
+        prefix = self.image_prefix
         ids = [*prefix, *(token for exchange in exchanges for token in exchange.ids)]
         source: list[int] = []
         target: list[int] = []
@@ -160,8 +153,9 @@ class Packer:
                     asked.append(rows[max(exchange.runs[place][0] // self.grid, 0)])
                     topics.append(exchange.topic)
             start += len(exchange.ids)
-        unchanged = len(self.text_prefix) if has_image else 0
-        layout = PackedLayout(len(prefix), tuple(len(exchange.ids) for exchange in exchanges), unchanged)
+        layout = PackedLayout(
+            len(prefix), tuple(len(exchange.ids) for exchange in exchanges), unchanged=len(self.text_prefix)
+        )
         start_A, end_A, length_A = torch.tensor(runs).unbind(1)
         return PackedSequence(
             torch.tensor(ids),
@@ -206,8 +200,7 @@ def _character_weights(question: Question) -> npt.NDArray[np.float64]:
 def _asked_rows(exchange: Exchange, grid: int) -> npt.NDArray[np.bool_]:
     """[G, T] for each row, its cells that show what was asked for, among all cells."""
     asked_GT = np.zeros((grid, grid * grid), dtype=np.bool_)
-    if exchange.is_asked_GG is not None:
-        asked_GT[np.arange(grid * grid) // grid, np.arange(grid * grid)] = exchange.is_asked_GG.reshape(-1)
+    asked_GT[np.arange(grid * grid) // grid, np.arange(grid * grid)] = exchange.is_asked_GG.reshape(-1)
     return asked_GT
 
 

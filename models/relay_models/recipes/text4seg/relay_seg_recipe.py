@@ -5,7 +5,7 @@
 The folder of a run holds
     model/                        what it is all about: `vllm-relay serve RUN/model`
     relay-seg.safetensors         what was trained, and nothing else, see `relay_seg.assemble`
-    features-KEY/, chats.json, projector.pt, checkpoint.pt
+    features-KEY/, projector.pt, checkpoint.pt
 Each step leaves its result there, whole or not at all, so the same call goes on where a run was stopped.
 """
 
@@ -25,7 +25,6 @@ import torch
 from relay_models.errors import RelayModelsError
 from relay_models.images import squash
 from relay_models.recipes.text4seg.augment import Augmentation
-from relay_models.recipes.text4seg.chat_keeping import read_or_make_chats
 from relay_models.recipes.text4seg.dataset import Photo
 from relay_models.recipes.text4seg.features import Encode, cache_key, make_variant, read_variants
 from relay_models.recipes.text4seg.training import Data, TrainingOptions, export, load_trained, new_model, train
@@ -38,7 +37,7 @@ from relay_models.relay_seg.pins import ENCODER_SHA256
 logger = logging.getLogger(__name__)
 
 MODEL, WEIGHTS = "model", "relay-seg.safetensors"
-_CHATS, _PROJECTOR, _STORE = "chats.json", "projector.pt", ".processes"
+_PROJECTOR, _STORE = "projector.pt", ".processes"
 
 # How often a photo is drawn: most often where people marked everything, least where little can be learnt from it.
 _FULLY_ANNOTATED, _PARTLY_ANNOTATED = 3.0, 0.5
@@ -87,8 +86,6 @@ def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
     check_base(recipe.base)
     recipe.output.mkdir(parents=True, exist_ok=True)
     cache = _cached_features(recipe, photos)
-    tokenizer = _tokenizer(recipe.base)
-    read_or_make_chats(recipe.output / _CHATS, recipe.base, tokenizer, recipe.training.seed)
     _run_processes(_train_process, recipe.training.processes, recipe, cache, folders.pop())
     weights = recipe.output / WEIGHTS
     export(recipe.output / "checkpoint.pt", weights)
@@ -166,8 +163,7 @@ def _train_process(rank: int, world: int, recipe: RelaySegRecipe, cache: Path, i
         torch.distributed.barrier()
         for tensor in (*model.projector.state_dict().values(), *model.shape_head.state_dict().values()):
             torch.distributed.broadcast(tensor, 0)
-    chats = read_or_make_chats(recipe.output / _CHATS, recipe.base, tokenizer, recipe.training.seed)
-    train(training, model, Data(variants, weights_N, chats), tokenizer, recipe.output, rank)
+    train(training, model, Data(variants, weights_N), tokenizer, recipe.output, rank)
 
 
 def _tokenizer(base: Path) -> Any:

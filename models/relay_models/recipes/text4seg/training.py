@@ -89,7 +89,6 @@ class TrainingOptions:
         full_vocabulary_share: of predicted tokens, how many compete with the whole vocabulary; the others with
             the common tokens and those of the answers.
         readings_between: steps after those minutes in which it is still so, for each that computes all layers.
-        chat_every: of the steps that compute all layers, each so manieth keeps the chat as it was; 0 for none.
         warmup_steps: until the learning rate is at its highest.
         held_share: of the time, for how much of it the rate stays there before it falls along a cosine to nothing.
         max_grad_norm: of the gradient, LoRA and projector each.
@@ -111,7 +110,6 @@ class TrainingOptions:
     true_cells: float = 0.5
     full_vocabulary_share: float = 0.1
     readings_between: int = 2
-    chat_every: int = 5
     warmup_steps: int = 10
     held_share: float = 0.7
     max_grad_norm: float = 1.0
@@ -144,11 +142,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Data:
-    """Variants of the photos, how often each photo is drawn, exchanges that keep the chat, places of checkpoints."""
+    """Variants of the photos, and how often each photo is drawn."""
 
     variants: Sequence[Variant]
     weights: np.ndarray
-    chats: Sequence[tuple[str, str]]
 
 
 def train(options: TrainingOptions, model: Model, data: Data, tokenizer: Any, folder: Path, rank: int = 0) -> None:
@@ -240,13 +237,9 @@ class _Trainer:
         torch.manual_seed(int(rng.integers(1 << 31)))
         self.optimizer.zero_grad(set_to_none=False)
         self.model.llama.merge()
-        number, place = divmod(step, self.options.readings_between + 1)
-        is_reading = place > 0 or time_used * self.options.minutes < self.options.reading_minutes
-        chat_every = self.options.chat_every if self.data.chats else 0
-        if not is_reading and chat_every and number % chat_every == 0:
-            figures = self._chat_step(rng)
-        else:
-            figures = self._picture_step(rng, is_reading)
+        between = step % (self.options.readings_between + 1) > 0
+        is_reading = between or time_used * self.options.minutes < self.options.reading_minutes
+        figures = self._picture_step(rng, is_reading)
         self._average_gradients()
         rise = min(1.0, (step + 1) / self.options.warmup_steps)
         fall = max(0.0, time_used - self.options.held_share) / (1 - self.options.held_share)
@@ -278,7 +271,7 @@ class _Trainer:
             tokens_NTD = self.model.projector.tokens(hidden_NTE, shown_NTK, shown_NTG)
             shape_NT4 = self.model.shape_head(hidden_NTE).float()
         cell_loss = cell_losses(logits_NTK, lengths_NTG, shape_NT4, [targets])
-        packed = self.packer.pack(exchanges, has_image=True)
+        packed = self.packer.pack(exchanges)
         answer_loss, figures = self._answer_loss(packed, tokens_NTD[0], rng, is_reading=is_reading)
         (answer_loss + self.options.cell_weight * cell_loss).backward()
         return {
@@ -288,41 +281,22 @@ class _Trainer:
             "tokens": float(len(packed.ids_S)),
         }
 
-    def _chat_step(self, rng: np.random.Generator) -> dict[str, float]:
-        chosen = rng.choice(len(self.data.chats), size=min(5, len(self.data.chats)), replace=False)
-        exchanges = [self.packer.chat(*self.data.chats[index]) for index in chosen]
-        packed = self.packer.pack(exchanges, has_image=False)
-        loss, _ = self._answer_loss(packed, None, rng, is_full=True)
-        loss.backward()
-        return {"chat": loss.item()}
-
     def _answer_loss(
-        self,
-        packed: PackedSequence,
-        tokens_TD: Tensor | None,
-        rng: np.random.Generator,
-        *,
-        is_full: bool = False,
-        is_reading: bool = False,
+        self, packed: PackedSequence, tokens_TD: Tensor, rng: np.random.Generator, *, is_reading: bool
     ) -> tuple[Tensor, dict[str, float]]:
         llama = self.model.llama
         embeddings_SD = F.embedding(packed.ids_S, llama.embeddings)
-        if tokens_TD is not None:
-            is_image_S = packed.ids_S == IMAGE_TOKEN_ID
-            embeddings_SD = embeddings_SD.masked_scatter(is_image_S[:, None], tokens_TD.to(embeddings_SD.dtype))
-        guide = None if tokens_TD is None else self._guide(packed, is_reading)
+        is_image_S = packed.ids_S == IMAGE_TOKEN_ID
+        embeddings_SD = embeddings_SD.masked_scatter(is_image_S[:, None], tokens_TD.to(embeddings_SD.dtype))
+        guide = self._guide(packed, is_reading)
         hidden_SD, shares, probed = llama.guided(embeddings_SD, packed.layout, guide)
         if is_reading:
             return self._guided_loss(packed, shares, probed)
         hidden_AD = hidden_SD[packed.source_A]
         weight_A = packed.weight_A / packed.weight_A.sum()
-        share = 1.0 if is_full else self.options.full_vocabulary_share
-        chosen_A = torch.from_numpy(rng.random(len(hidden_AD)) < share)
-        loss = torch.zeros(())
-        figures: dict[str, float] = {}
-        if guide is not None:
-            loss, figures = self._guided_loss(packed, shares, probed)
-            loss = self.options.guide_weight * loss
+        chosen_A = torch.from_numpy(rng.random(len(hidden_AD)) < self.options.full_vocabulary_share)
+        loss, figures = self._guided_loss(packed, shares, probed)
+        loss = self.options.guide_weight * loss
         if chosen_A.any():
             logits = F.linear(hidden_AD[chosen_A], llama.embeddings).float()
             nll_A = F.cross_entropy(logits, packed.target_A[chosen_A], reduction="none")
