@@ -125,11 +125,11 @@ def test_a_packed_question_is_what_it_is_alone(lengths: tuple[int, ...]) -> None
 
 def test_tokens_before_the_picture_are_computed_as_the_base_computes_them() -> None:
     config, unchanged = tiny_config(), 4
+    torch.manual_seed(1)
     module = LlamaForCausalLM(config).float().eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.3)
-    torch.manual_seed(1)
     ours = LoraLlama(config, module.state_dict(), rank=3, alpha=6.0, seed=0, dtype=torch.float32)
     activation = add_lora(module.model.layers, 3, 6.0)
     weights = dict(module.named_parameters())
@@ -220,6 +220,7 @@ def test_the_tokens_are_those_of_the_servers_prompt_and_the_answer(tokenizer) ->
     text = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
     asked = [*text[0], *[IMAGE_TOKEN_ID] * GRID**2, *text[1]]
     assert packed.ids_S[: len(asked)].tolist() == asked
+    assert packed.layout.unchanged == len(text[0])
     assert len(packed.ids_S) == len(asked) + len(packed.target_A)
     answer = tokenizer.decode(packed.target_A)
     assert answer == f"{question.answer}<|im_end|>"
