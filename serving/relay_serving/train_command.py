@@ -14,6 +14,7 @@ import ipaddress
 import json
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -92,6 +93,8 @@ def _trained_relay_seg(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
 
     from relay_models.recipes.text4seg.relay_seg_recipe import RelaySegRecipe, train_relay_seg  # imports PyTorch
 
+    if "start" in given and "warmup_minutes" in given:
+        raise UsageError("--warmup-minutes is for a run that begins anew, and --start goes on from another: give one")
     output: Path = given["output"]
     recipe = RelaySegRecipe(
         output, embedded_model.prepare(embedded_model.SMOLLM2), embedded_model.prepare_encoder(output)
@@ -238,7 +241,11 @@ def evaluate_server(photos: Sequence[Photo], url: str, args: argparse.Namespace)
         grid=args.grid, kinds=tuple(args.kinds or QUERY_KINDS), seed=args.seed, min_photos=args.min_photos
     )
     server = Server(url, api_key=args.api_key, grammar=args.grammar, refiner=args.refiner)
-    with tqdm(total=len(photos), unit="photo", desc="Evaluating", file=sys.stderr, disable=None) as bar:
+    with (
+        contextlib.ExitStack() as last,
+        tqdm(total=len(photos), unit="photo", desc="Evaluating", file=sys.stderr, disable=None) as bar,
+    ):
+        last.callback(server.give_up)
         return evaluate(
             photos,
             server.answer,
@@ -269,10 +276,15 @@ class Server:
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._grammar, self._refiner = grammar, refiner
+        self._given_up = threading.Event()
         models = self._call("/v1/models").get("data") or []
         if not models:
             raise RelayServingError(f"{self._url} serves no model")
         self.model: str = models[0]["id"]
+
+    def give_up(self) -> None:
+        """Requests that the server is too busy for are not tried again from now on."""
+        self._given_up.set()
 
     def answer(self, photo: Photo, queries: Sequence[Query]) -> list[Reply]:
         """A reply to each query; one that the server could not answer is an empty mask with status "error"."""
@@ -313,17 +325,18 @@ class Server:
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data=data, headers=self._headers)
         deadline = time.monotonic() + REQUEST_LIMIT_SECONDS
         while True:
+            request = urllib.request.Request(self._url + path, data=data, headers=self._headers)
             try:
                 with self._opener.open(request, timeout=REQUEST_LIMIT_SECONDS) as response:
                     answer = json.load(response)
                 break
             except urllib.error.HTTPError as error:
-                if error.code != HTTPStatus.TOO_MANY_REQUESTS or time.monotonic() > deadline:
+                is_over = time.monotonic() > deadline or self._given_up.is_set()
+                if error.code != HTTPStatus.TOO_MANY_REQUESTS or is_over:
                     raise RelayServingError(f"{self._url}{path} answered {error.code}: {_said(error)}") from error
-                time.sleep(BUSY_WAIT_SECONDS)
+                self._given_up.wait(BUSY_WAIT_SECONDS)
             except (OSError, ValueError, http.client.HTTPException) as error:
                 raise RelayServingError(f"{self._url}{path} does not answer: {error}") from error
         if not isinstance(answer, dict):

@@ -49,10 +49,10 @@ def add_lora(layers: nn.Module, rank: int, alpha: float) -> Activation:
     return activation
 
 
-def follows_picture(input_ids: Tensor, image_token_id: int, past: Any) -> Tensor:
-    """[N, S] which tokens are of a picture or follow one, in what is kept of earlier passes (``past``) included."""
-    follows_NS = (input_ids == image_token_id).cumsum(1) > 0
-    earlier_N = getattr(past, _KEPT, None)
+def follows_picture(is_image_NS: Tensor, past: Any) -> Tensor:
+    """[N, S] which tokens are of a picture or follow one, be it in what is kept of earlier passes (``past``)."""
+    follows_NS = is_image_NS.cumsum(1) > 0
+    earlier_N = getattr(past, _KEPT, None) if past is not None and past.get_seq_length() else None
     return follows_NS if earlier_N is None else follows_NS | earlier_N[:, None]
 
 

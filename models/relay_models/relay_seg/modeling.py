@@ -84,7 +84,9 @@ class RelaySegForConditionalGeneration(PreTrainedModel, GenerationMixin):
         follows_NS = None
         if self._activation is not None:
             if input_ids is not None:
-                follows_NS = follows_picture(input_ids, self.config.image_token_id, past_key_values)
+                shows = pixel_values is not None or features is not None
+                is_image_NS = (input_ids == self.config.image_token_id) & shows
+                follows_NS = follows_picture(is_image_NS, past_key_values)
             self._activation.follows_NS1 = None if follows_NS is None else follows_NS[..., None].to(self.dtype)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)

@@ -1,13 +1,14 @@
 """From a picture's features to the 256 tokens the language model reads: what each cell shows, and where it is.
 
-A cell's token is the sum of four things in the embedding space of the language model:
+    features → transformer → which class each cell shows → tokens
 
-    what it shows, in words    the codebook's rows (one a class, begun as what tells the class's name from others', and
-                               one for whatever has no name), mixed by the probabilities that a softmax gives them
-    how far it goes            a second codebook, a row for each length from 1 to G: for how many cells, itself
-                               included, the row shows the same from here to the right
-    what else is known of it   free, for what neither says: which of several things it is
-    where it is                a learned vector a cell
+The tokens are made from that map of classes and from nothing else, so that a language model can learn to read maps, of
+which there are as many as one likes, instead of pictures, of which there are few. A cell's token is the sum of three
+learned vectors in the embedding space of the language model:
+
+    what it shows     one a class, begun as what tells the class's name from others', and one for whatever has no name
+    how far it goes   one a length from 1 to G: for how many cells, itself included, the row shows the same to the right
+    where it is       one a cell
 
 Legend: N pictures, C channels, G cells a side, T = G * G cells in reading order, E the projector's width, K classes
 and one, D the language model's width.
@@ -20,6 +21,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Less than one half: of a cell at an outline, or of a rare thing, "nothing that has a name" is often the likeliest
+# class although the thing is there.
+NAMED_ABOVE = 0.25
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,11 @@ class Projector(nn.Module):
         self.leave_norm = nn.LayerNorm(sizes.width)
         self.classify = nn.Linear(sizes.width, sizes.num_classes + 1)  # class 0: whatever has no name
         self.codebook_KD = nn.Parameter(torch.zeros(sizes.num_classes + 1, sizes.out_width))
-        self.measure = nn.Linear(sizes.width, sizes.grid)  # lengths 1 to G
-        self.lengths_GD = nn.Parameter(torch.zeros(sizes.grid, sizes.out_width))
-        self.free = nn.Linear(sizes.width, sizes.out_width, bias=False)
+        self.lengths_GD = nn.Parameter(torch.zeros(sizes.grid, sizes.out_width))  # lengths 1 to G
         self.place_TD = nn.Parameter(torch.zeros(num_cells, sizes.out_width))
 
     def forward(self, features_NCGG: Tensor) -> Tensor:
-        hidden_NTE = self.hidden(features_NCGG)
-        return self.tokens(hidden_NTE, self.classify(hidden_NTE), self.measure(hidden_NTE))
+        return self.tokens(decide(self.classify(self.hidden(features_NCGG))))
 
     def hidden(self, features_NCGG: Tensor) -> Tensor:
         """What is known of each cell, [N, T, E]."""
@@ -89,8 +91,22 @@ class Projector(nn.Module):
             x_NTE = layer(x_NTE)
         return self.leave_norm(x_NTE)
 
-    def tokens(self, hidden_NTE: Tensor, class_logits_NTK: Tensor, length_logits_NTG: Tensor) -> Tensor:
-        """The tokens [N, T, D] of cells of which this is known."""
-        named_NTD = class_logits_NTK.softmax(-1) @ self.codebook_KD
-        measured_NTD = length_logits_NTG.softmax(-1) @ self.lengths_GD
-        return named_NTD + measured_NTD + self.free(hidden_NTE) + self.place_TD
+    def tokens(self, class_NT: Tensor) -> Tensor:
+        """The tokens [N, T, D] of maps of classes, whole numbers from 0 (no name) to K - 1."""
+        return self.codebook_KD[class_NT] + self.lengths_GD[run_lengths(class_NT, self.sizes.grid) - 1] + self.place_TD
+
+
+def decide(class_logits_NTK: Tensor) -> Tensor:
+    """[N, T] the class of each cell: the likeliest that has a name, where it is likelier than `NAMED_ABOVE`, else 0."""
+    likeliest = class_logits_NTK.float().softmax(-1)[..., 1:].max(-1)
+    return torch.where(likeliest.values > NAMED_ABOVE, likeliest.indices + 1, 0)
+
+
+def run_lengths(class_NT: Tensor, grid: int) -> Tensor:
+    """[N, T] for how many cells, itself included, the row goes on as at this cell."""
+    class_NGG = class_NT.unflatten(-1, (grid, grid))
+    lengths_NGG = torch.ones_like(class_NGG)
+    for column in range(grid - 2, -1, -1):
+        goes_on = class_NGG[..., column] == class_NGG[..., column + 1]
+        lengths_NGG[..., column] = torch.where(goes_on, lengths_NGG[..., column + 1] + 1, 1)
+    return lengths_NGG.flatten(-2)

@@ -144,7 +144,12 @@ class RelaySegForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMR
             )
         self.follows_T1: torch.Tensor | None = None
         if config.lora_rank:
+            if vllm_config.quant_config is not None:
+                method = vllm_config.quant_config.get_name()
+                raise VLLMValidationError(f"relay-seg cannot be quantised, got {method}", parameter="quantization")
             most_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+            # Both are read by compiled and captured code, so they stay where they are.
+            self.positions_T = torch.zeros(most_tokens, dtype=torch.long)
             self.follows_T1 = torch.zeros(most_tokens, 1, dtype=vllm_config.model_config.dtype)
             _add_lora(self.language_model.model.layers, config.lora_rank, self.follows_T1)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
@@ -169,7 +174,7 @@ class RelaySegForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMR
         if self.follows_T1 is not None:
             follows_T = positions[0] >= FOLLOWS_PICTURE
             self.follows_T1[: len(follows_T), 0] = follows_T
-            positions = torch.where(follows_T, positions[0] - FOLLOWS_PICTURE, positions[0])
+            positions = torch.sub(positions[0], FOLLOWS_PICTURE * follows_T, out=self.positions_T[: len(follows_T)])
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -179,10 +184,10 @@ class RelaySegForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsMR
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
         """[3, S] three times the positions of a prompt, and what is added to those of its answer, see the module."""
-        is_image_S = torch.tensor(input_tokens) == self.config.image_token_id
-        follows_S = is_image_S.cumsum(0) > 0
-        positions_S = torch.arange(len(input_tokens)) + FOLLOWS_PICTURE * follows_S
-        return positions_S.expand(3, -1), FOLLOWS_PICTURE * bool(follows_S.any())
+        pictures = [feature.mm_position.offset for feature in mm_features if feature.modality == "image"]
+        positions_S = torch.arange(len(input_tokens))
+        positions_S[min(pictures, default=len(input_tokens)) :] += FOLLOWS_PICTURE
+        return positions_S.expand(3, -1), FOLLOWS_PICTURE * bool(pictures)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         halves: dict[str, torch.Tensor] = {}

@@ -18,6 +18,9 @@ from relay_models.recipes.text4seg.augment import Augmentation
 from relay_models.recipes.text4seg.dataset import Instance, Photo
 from relay_models.recipes.text4seg.relay_seg_recipe import (
     RelaySegRecipe,
+    _check_beginning,
+    _feature_process,
+    _run_processes,
     class_names,
     photo_weights,
     train_relay_seg,
@@ -65,6 +68,24 @@ def test_photos_of_two_folders_or_none_are_refused(tmp_path: Path) -> None:
         train_relay_seg(recipe, photos)
     with pytest.raises(RelayModelsError, match="variants must be at least 1, got 0"):
         replace(recipe, variants=0)
+
+
+def test_a_run_that_began_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
+    start = tmp_path / "start.safetensors"
+    start.write_bytes(b"one")
+    anew = RelaySegRecipe(tmp_path / "run", tmp_path, tmp_path)
+    anew.output.mkdir()
+    for _ in range(2):
+        _check_beginning(anew)
+    with pytest.raises(RelayModelsError, match=r"did not start from .*start\.safetensors: name another folder"):
+        _check_beginning(replace(anew, start=start))
+
+
+def test_what_a_process_cannot_use_is_said_in_its_own_words(tmp_path: Path) -> None:
+    recipe = RelaySegRecipe(tmp_path, tmp_path, tmp_path / "encoder.pth")
+    with pytest.raises(RelayModelsError, match=r"^[^\n]*encoder\.pth[^\n]*$"):
+        _run_processes(_feature_process, 1, recipe, tmp_path / "features", [])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from relay_models.errors import CheckpointError, RelayModelsError
 from relay_models.recipes.text4seg import warmup
-from relay_models.recipes.text4seg.cells import CellTargets, cell_targets, run_lengths
+from relay_models.recipes.text4seg.cells import CellTargets, cell_targets
 from relay_models.recipes.text4seg.dataset import Instance, Photo
 from relay_models.recipes.text4seg.features import Variant
 from relay_models.recipes.text4seg.lora_layers import Guide, LoraLlama, PackedLayout, _Group
@@ -298,30 +298,21 @@ def test_cells_of_a_photo() -> None:
     class_GG = targets.class_T.reshape(GRID, GRID)
     assert class_GG.tolist() == [[0, 0, 0, 0], [0, 0, 2, 2], [0, 0, 2, 2], [0, 0, 0, 0]]
     assert targets.unnamed_K.tolist() == [True, True, False]
-    assert targets.length_T.reshape(GRID, GRID).tolist() == [[3, 2, 1, 0], [1, 0, 1, 0], [1, 0, 1, 0], [3, 2, 1, 0]]
     assert targets.is_object_T.tolist() == (class_GG == 2).reshape(-1).tolist()
     # From the cell at row 1, column 2, whose centre is (0.625, 0.375), to the object's centre (0.75, 0.5).
     assert targets.shape_T4[6].tolist() == [0.125, 0.125, 0.5, 0.5]
-
-
-def test_run_lengths_against_counting() -> None:
-    cells = np.random.default_rng(0).integers(3, size=(5, 9))
-    for row, lengths in zip(cells, run_lengths(cells), strict=True):
-        for column, length in enumerate(lengths):
-            assert (row[column : column + length] == row[column]).all()
-            assert column + length == 9 or row[column + length] != row[column]
 
 
 def test_no_class_that_may_lack_masks_is_punished() -> None:
     """Where a circle may be without a mask, saying circle costs nothing; where it may not, it does."""
     circle = torch.full((1, GRID**2, 3), -20.0)
     circle[..., 1] = 20.0
-    lengths, shapes = torch.zeros(1, GRID**2, GRID), torch.zeros(1, GRID**2, 4)
+    shapes = torch.zeros(1, GRID**2, 4)
 
     def class_loss(targets: CellTargets) -> float:
         empty = replace(targets, class_T=np.zeros(GRID**2, dtype=np.int64))
-        flat = cell_losses(torch.zeros(1, GRID**2, 3), lengths, shapes, [empty])
-        return float(cell_losses(circle, lengths, shapes, [empty]) - flat)
+        flat = cell_losses(torch.zeros(1, GRID**2, 3), shapes, [empty])
+        return float(cell_losses(circle, shapes, [empty]) - flat)
 
     unsure = class_loss(cell_targets(a_photo(unsure=("circle",)), GRID, CLASSES))
     sure = class_loss(cell_targets(a_photo(), GRID, CLASSES))
@@ -394,10 +385,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tokenizer, tmp_path: Pa
 def test_steps_lower_the_loss_of_the_answers(tokenizer) -> None:
     made = trainer(tokenizer, replace(OPTIONS, guide_weight=0.1, reading_minutes=0.0, readings_between=0))
     before = made.step(0, 0.0)["answers"]
-    for step in range(1, 30):
+    for step in range(1, 60):
         made.mean.clear()
         after = made.step(step, 0.0)["answers"]
-    assert after < 0.5 * before
+    assert after < 0.7 * before
 
 
 def test_training_goes_on_from_the_small_file(tokenizer, tmp_path: Path) -> None:
@@ -407,21 +398,21 @@ def test_training_goes_on_from_the_small_file(tokenizer, tmp_path: Path) -> None
     file = tmp_path / "small.safetensors"
     export(tmp_path / "checkpoint.pt", file)
     second = trainer(tokenizer)
-    load_trained(second.model, file)
+    load_trained(second.model, file, OPTIONS)
     expected = {**first.model.llama.named_halves(), **first.model.projector.state_dict()}
     for name, tensor in {**second.model.llama.named_halves(), **second.model.projector.state_dict()}.items():
         assert torch.equal(tensor, expected[name].bfloat16().float()), name
     other = trainer(tokenizer, replace(OPTIONS, alpha=8.0))
     with pytest.raises(CheckpointError, match=r"lora_alpha of .*small\.safetensors is 4\.0, expected 8\.0"):
-        load_trained(other.model, file)
+        load_trained(other.model, file, other.options)
     other = trainer(tokenizer, replace(OPTIONS, rank=3))
-    with pytest.raises(CheckpointError, match=r"lora_A\.weight in .* has shape \[2, \d+\], expected \[3, \d+\]"):
-        load_trained(other.model, file)
+    with pytest.raises(CheckpointError, match=r"lora_A\.weight in .* has rank 2, expected 3"):
+        load_trained(other.model, file, other.options)
     second.model.classes = ("square", "circle")
     with pytest.raises(
         CheckpointError, match=r"with the classes \['circle', 'square'\], not with \['square', 'circle'\]"
     ):
-        load_trained(second.model, file)
+        load_trained(second.model, file, OPTIONS)
 
 
 def test_the_small_file_holds_what_was_trained(tokenizer, tmp_path: Path) -> None:
@@ -452,7 +443,7 @@ def test_the_small_file_holds_what_was_trained(tokenizer, tmp_path: Path) -> Non
 
 def test_the_warm_up_teaches_classes_and_goes_on_where_it_was(tokenizer, tmp_path: Path, monkeypatch) -> None:
     ticks = count()  # two a step: as many steps on a slow machine as on a fast one
-    monkeypatch.setattr(warmup, "time", SimpleNamespace(monotonic=lambda: next(ticks) * 0.01))
+    monkeypatch.setattr(warmup, "time", SimpleNamespace(monotonic=lambda: next(ticks) * 0.005))
     made = trainer(tokenizer)
     options = WarmupOptions(minutes=0.05, photos=3, rate=1e-2)
     warm_up(options, made.model, made.data.variants, made.data.weights, tmp_path / "projector.pt")

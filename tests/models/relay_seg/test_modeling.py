@@ -64,7 +64,7 @@ def base(model: RelaySegForConditionalGeneration) -> LlamaForCausalLM:
 
 
 def test_a_text_without_a_picture_is_the_bases(model: RelaySegForConditionalGeneration, base: LlamaForCausalLM) -> None:
-    sequence = ids(5, 7, 9, 30, 31)
+    sequence = ids(5, 7, IMAGE, 30, 31)  # somebody wrote the word that stands for a picture
     with torch.no_grad():
         assert torch.equal(model(input_ids=sequence).logits, base(input_ids=sequence).logits)
         written = model.generate(input_ids=sequence, max_new_tokens=6, do_sample=False)

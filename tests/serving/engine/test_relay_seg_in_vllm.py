@@ -132,7 +132,7 @@ def answered(tiny: Path, pictures: list[bytes], tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("answered")
     requests = [[[number, QUESTIONS[0]]] for number in range(3)]
     requests.append([[0, asked] for asked in QUESTIONS[1:]])
-    requests.append([[None, PLAIN], [0, QUESTIONS[0]], [None, PLAIN + " What then?"]])
+    requests.append([[None, PLAIN], [0, QUESTIONS[0]], [None, PLAIN + " <image> What then?"]])
     job = {
         "model": str(tiny),
         "pictures": written(folder, pictures),

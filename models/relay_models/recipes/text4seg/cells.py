@@ -25,14 +25,12 @@ class CellTargets:
     shape_T4: for cells of single objects, from the cell's centre: to the object's centre, right and down, and the
         object's width and height, all in sides of the picture.
     is_object_T: where `shape_T4` says something.
-    length_T: for how many cells the row shows the same class from here to the right, this one included, less one.
     """
 
     class_T: npt.NDArray[np.int64]  # noqa: N815
     unnamed_K: npt.NDArray[np.bool_]  # noqa: N815
     shape_T4: npt.NDArray[np.float32]  # noqa: N815
     is_object_T: npt.NDArray[np.bool_]  # noqa: N815
-    length_T: npt.NDArray[np.int64]  # noqa: N815
 
 
 def cell_targets(photo: Photo, grid: int, classes: Sequence[str]) -> CellTargets:
@@ -61,14 +59,4 @@ def cell_targets(photo: Photo, grid: int, classes: Sequence[str]) -> CellTargets
         np.array([True, *(not photo.is_complete(name) for name in classes)]),
         shape_GG4.reshape(-1, 4),
         (owner_GG != NOT_AN_OBJECT).reshape(-1),
-        run_lengths(class_GG).reshape(-1) - 1,
     )
-
-
-def run_lengths(class_GG: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """[G, G] for how many cells, itself included, the row goes on as at this cell."""
-    lengths_GG = np.ones_like(class_GG)
-    for column in range(class_GG.shape[1] - 2, -1, -1):
-        goes_on_G = class_GG[:, column] == class_GG[:, column + 1]
-        lengths_GG[:, column] = np.where(goes_on_G, lengths_GG[:, column + 1] + 1, 1)
-    return lengths_GG

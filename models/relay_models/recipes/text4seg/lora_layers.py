@@ -160,7 +160,6 @@ class LoraLlama(nn.Module):
         """``config`` is a LlamaConfig; ``tensors`` are named as a LlamaForCausalLM's."""
         super().__init__()
         self.config = config
-        self.alpha = alpha
         generator = torch.Generator().manual_seed(seed)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width = config.head_dim

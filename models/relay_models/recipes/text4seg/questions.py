@@ -43,6 +43,7 @@ Cells = npt.NDArray[np.uint8]
 CellMask = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 
+_SHARES_OF_NAMES = (0.6, 0.1, 0.15, 0.15)
 QUESTION_KINDS = ("class", "position", "size", "relation", "absent", "classes", "everything")
 MAX_LABELS = 255  # of one question, so that cells fit in uint8
 
@@ -138,6 +139,50 @@ def questions_of(photo: Photo, grid: int, rng: np.random.Generator, mix: Questio
     found = [item for item in found if item.ignore_GG.mean() <= mix.max_ignored]
     order = rng.permutation(len(found))[: mix.max_questions]
     return [found[index] for index in order]
+
+
+def questions_of_map(
+    map_GG: npt.NDArray[np.int64],
+    classes: Sequence[str],
+    absent: Sequence[int],
+    rng: np.random.Generator,
+    mix: QuestionMix | None = None,
+) -> list[Question]:
+    """Questions about a map of classes, of which everything is known, in random order.
+
+    Args:
+        map_GG: [G, G] for each cell 1 + the index of a class, or 0.
+        classes: the names.
+        absent: numbers of classes to ask for as well, those that are not on the map.
+        rng: makes every choice.
+        mix: see there; of it `multi_class_share` and `varies_templates` count here.
+    """
+    mix = mix or QuestionMix()
+    grid = len(map_GG)
+    present = [int(number) for number in np.unique(map_GG) if number]
+    absent = [number for number in absent if number not in present]
+    found = [
+        _refer(_called(classes[number - 1], rng), map_GG == number, _nowhere(grid), kind, rng, mix)
+        for kind, numbers in (("class", present), ("absent", absent))
+        for number in numbers
+    ]
+    if present and rng.random() < mix.multi_class_share:
+        listed = [number for number in (*present, *absent) if rng.random() < 0.8][: MAX_LABELS - 1] or present[:1]
+        listed = [listed[index] for index in rng.permutation(len(listed))]
+        cells_GG = np.zeros_like(map_GG, dtype=np.uint8)
+        for place, number in enumerate(listed, start=1):
+            cells_GG[map_GG == number] = place
+        names = [classes[number - 1] for number in listed]
+        found.append(
+            _asked(Subject.classes(names), cells_GG, _nowhere(grid), (BACKGROUND, *names), "classes", rng, mix)
+        )
+    return [found[index] for index in rng.permutation(len(found))]
+
+
+def _called(name: str, rng: np.random.Generator) -> str:
+    """All of a class, in one of the ways that people ask for it."""
+    plural = {"person": "people"}.get(name, f"{name}s")
+    return str(rng.choice([name, f"the {name}", f"all {plural}", f"all the {plural}"], p=_SHARES_OF_NAMES))
 
 
 def class_question(label: str) -> str:

@@ -5,12 +5,13 @@
 The folder of a run holds
     model/                        what it is all about: `vllm-relay serve RUN/model`
     relay-seg.safetensors         what was trained, and nothing else, see `relay_seg.assemble`
-    features-KEY/, projector.pt, checkpoint.pt
+    features-KEY/, projector.pt, checkpoint.pt, begun-with
 Each step leaves its result there, whole or not at all, so the same call goes on where a run was stopped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -27,7 +28,15 @@ from relay_models.images import squash
 from relay_models.recipes.text4seg.augment import Augmentation
 from relay_models.recipes.text4seg.dataset import Photo
 from relay_models.recipes.text4seg.features import Encode, cache_key, make_variant, read_variants
-from relay_models.recipes.text4seg.training import Data, TrainingOptions, export, load_trained, new_model, train
+from relay_models.recipes.text4seg.training import (
+    Data,
+    TrainingOptions,
+    check_trained,
+    export,
+    load_trained,
+    new_model,
+    train,
+)
 from relay_models.recipes.text4seg.warmup import WarmupOptions, warm_up
 from relay_models.relay_seg.assemble import assemble, check_base
 from relay_models.relay_seg.configuration import RelaySegConfig
@@ -37,7 +46,7 @@ from relay_models.relay_seg.pins import ENCODER_SHA256
 logger = logging.getLogger(__name__)
 
 MODEL, WEIGHTS = "model", "relay-seg.safetensors"
-_PROJECTOR, _STORE = "projector.pt", ".processes"
+_PROJECTOR, _STORE, _BEGINNING = "projector.pt", ".processes", "begun-with"
 
 # How often a photo is drawn: most often where people marked everything, least where little can be learnt from it.
 _FULLY_ANNOTATED, _PARTLY_ANNOTATED = 3.0, 0.5
@@ -84,7 +93,10 @@ def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
     if len(folders) != 1:
         raise RelayModelsError(f"photos must be at least one, all below one folder, got {len(folders)} folders")
     check_base(recipe.base)
+    if recipe.start is not None:
+        check_trained(recipe.start, class_names(photos), recipe.training)
     recipe.output.mkdir(parents=True, exist_ok=True)
+    _check_beginning(recipe)
     cache = _cached_features(recipe, photos)
     _run_processes(_train_process, recipe.training.processes, recipe, cache, folders.pop())
     weights = recipe.output / WEIGHTS
@@ -92,6 +104,19 @@ def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
     shutil.rmtree(recipe.output / MODEL, ignore_errors=True)
     assemble(recipe.base, recipe.encoder, weights, recipe.output / MODEL)
     return recipe.output / MODEL
+
+
+def _check_beginning(recipe: RelaySegRecipe) -> None:
+    """Raises RelayModelsError where the folder holds a run that began with something else."""
+    begun = "nothing" if recipe.start is None else hashlib.sha256(recipe.start.read_bytes()).hexdigest()
+    file = recipe.output / _BEGINNING
+    if not file.exists():
+        file.write_text(begun, encoding="utf-8")
+    elif file.read_text(encoding="utf-8") != begun:
+        start = recipe.start or "nothing"
+        raise RelayModelsError(
+            f"output {recipe.output} holds a run that did not start from {start}: name another folder"
+        )
 
 
 def photo_weights(photos: Sequence[Photo]) -> np.ndarray:
@@ -155,7 +180,7 @@ def _train_process(rank: int, world: int, recipe: RelaySegRecipe, cache: Path, i
     weights_N = photo_weights(variants[0].photos)
     training = recipe.training
     if recipe.start is not None:
-        load_trained(model, recipe.start)
+        load_trained(model, recipe.start, training)
         training = replace(training, reading_minutes=0.0)
     elif rank == 0:
         warm_up(recipe.warmup, model, variants, weights_N, recipe.output / _PROJECTOR)
@@ -176,8 +201,15 @@ def _run_processes(work: Any, count: int, recipe: RelaySegRecipe, *args: Any) ->
     """``work(rank, count, recipe, *args)`` in ``count`` processes of one thread each, joined by torch.distributed."""
     store = recipe.output / _STORE
     store.unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_process, (count, store, work, recipe, *args), nprocs=count)
-    store.unlink(missing_ok=True)
+    try:
+        torch.multiprocessing.spawn(_process, (count, store, work, recipe, *args), nprocs=count)
+    except torch.multiprocessing.ProcessRaisedException as error:
+        kind, _, said = str(error).strip().rpartition("\n")[2].partition(": ")
+        if kind.startswith(RelayModelsError.__module__):  # what a process could not use, in its own words
+            raise RelayModelsError(said) from error
+        raise
+    finally:
+        store.unlink(missing_ok=True)
 
 
 def _process(rank: int, count: int, store: Path, work: Any, *args: Any) -> None:

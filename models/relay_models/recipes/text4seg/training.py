@@ -1,9 +1,10 @@
-"""Training of relay-seg-tiny: LoRA of the language model and the projector, on cached features, on a few CPU cores.
+"""Training of relay-seg-tiny: LoRA of the language model and the tokens of pictures, on a few CPU cores.
 
-    features (cached) → projector ┐
-                                  ├→ packed sequence → LoRA Llama → loss on the answers
-    questions (drawn anew)        ┘
+    map of classes (photo, projector, or made up) → tokens    ┐
+                                                              ├→ packed sequence → LoRA Llama → loss on the answers
+    questions about the map, or about the photo (drawn anew)  ┘
 
+The projector was trained before (`warmup`) and is frozen here, but for the vectors that its tokens are made of.
 Asked for answers alone, the language model takes hours to find out that they are in the picture. So it is led:
 at first only its lower third is computed (it costs a third), and told there which row and column it is about to write,
 where in the picture heads should look for that, and what they find (`Guide`, `_Probe`). After that it learns to answer,
@@ -37,11 +38,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from relay_models.errors import CheckpointError, RelayModelsError
-from relay_models.recipes.text4seg.cells import CellTargets, cell_targets
+from relay_models.recipes.text4seg.cells import CellTargets
+from relay_models.recipes.text4seg.dataset import Photo
 from relay_models.recipes.text4seg.features import Variant
 from relay_models.recipes.text4seg.lora_layers import Guide, LoraLlama
+from relay_models.recipes.text4seg.maps import Map, MapDrawer
 from relay_models.recipes.text4seg.packing import Exchange, PackedSequence, Packer
-from relay_models.recipes.text4seg.questions import Question, QuestionMix, questions_of
+from relay_models.recipes.text4seg.questions import Question, QuestionMix, questions_of, questions_of_map
 from relay_models.relay_seg.assemble import ALPHA, METADATA_KEY, read_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.relay_seg.pins import BASE_SHA256, ENCODER_SHA256
@@ -51,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
 TRAINING_KEY = "training"  # of the metadata of what is exported
-LENGTH_WEIGHT = 0.2
 # The first layer of SmolLM2 adds forty times what an embedding holds: tokens as large as that stay legible above it. It
 # does not change what that layer itself computes, which is of normalised tokens.
 TOKEN_SCALE = 20.0
@@ -66,7 +68,8 @@ PLACE_LAYER = 4  # by which a token knows its row, its column and what was asked
 READ_LAYER = 9  # by which it knows what the picture shows there
 MAX_ROUNDS = 3  # of questions about one photo
 SHORTEST_QUESTION = 120  # tokens
-CERTAIN = 12.0  # logit of what is true, the others' being 0
+ABOUT_PHOTOS = 0.2  # of sequences, how many ask about a photo in every way, not about a map
+MOST_CLASSES, MOST_ABSENT = 5, 2  # of a map, asked for in a round of questions
 COMMON_TOKENS = 2048  # of the vocabulary, whose tokens are sorted from common to rare: rivals of every target
 
 
@@ -79,19 +82,17 @@ class TrainingOptions:
         reading_minutes: of these, the first, in which only the layers up to `READ_LAYER` are computed: they learn to
             find their place in the picture and to read what it shows there.
         rank, alpha: of the LoRA.
-        lora_rate, projector_rate: learning rates at their highest.
-        cell_weight: of the projector's own loss, beside the answers'.
+        lora_rate, projector_rate: learning rates at their highest, of the LoRA and of what tokens are made of.
         tokens: of the questions and answers of one sequence, at most.
         whole_answers: of answers, how many are read to their end; the others end below the last row that shows
             something.
         guide_weight: of the losses that tell layers where in the picture a token is, beside the answers'.
-        true_cells: of sequences, in how many the cells' tokens say what is true, not what the projector believes.
         full_vocabulary_share: of predicted tokens, how many compete with the whole vocabulary; the others with
             the common tokens and those of the answers.
         readings_between: steps after those minutes in which it is still so, for each that computes all layers.
         warmup_steps: until the learning rate is at its highest.
         held_share: of the time, for how much of it the rate stays there before it falls along a cosine to nothing.
-        max_grad_norm: of the gradient, LoRA and projector each.
+        max_grad_norm: of the gradient, of both groups each.
         checkpoint_seconds: between checkpoints.
         processes: one a core.
         seed: of everything.
@@ -102,12 +103,10 @@ class TrainingOptions:
     rank: int = 24
     alpha: float = 48.0
     lora_rate: float = 1.5e-3
-    projector_rate: float = 3e-4
-    cell_weight: float = 0.3
+    projector_rate: float = 2e-3
     tokens: int = 900
     whole_answers: float = 0.35
     guide_weight: float = 0.25
-    true_cells: float = 0.5
     full_vocabulary_share: float = 0.1
     readings_between: int = 2
     warmup_steps: int = 10
@@ -179,16 +178,15 @@ class _Trainer:
     def __init__(self, options: TrainingOptions, model: Model, data: Data, tokenizer: Any, rank: int) -> None:
         self.options, self.model, self.data, self.rank = options, model, data, rank
         self.packer = Packer(tokenizer, model.projector.sizes.grid**2)
-        projector = [*model.projector.parameters(), *model.shape_head.parameters()]
-        lora = list(model.llama.named_halves().values())
-        self.groups = (lora, projector)
+        projector = model.projector.eval().requires_grad_(False)
+        of_tokens = [projector.codebook_KD, projector.lengths_GD, projector.place_TD]
+        for parameter in of_tokens:
+            parameter.requires_grad_(True)
+        self.groups = (list(model.llama.named_halves().values()), of_tokens)
         self.rates = (options.lora_rate, options.projector_rate)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": lora, "weight_decay": 0.0}, {"params": projector, "weight_decay": 0.02}],
-            lr=0.0,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
+        groups = [{"params": parameters} for parameters in self.groups]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        self.maps = MapDrawer(projector, data.variants, data.weights, model.classes)
         self.mean: dict[str, float] = {}
         torch.manual_seed(options.seed)
         self.probe = _Probe(model.projector.sizes)
@@ -197,20 +195,18 @@ class _Trainer:
 
     # ------------------------------------------------------------ data
 
-    def sequence(self, rng: np.random.Generator) -> tuple[int, int, list[Exchange]]:
-        """A variant, a photo of it, and questions about it until the sequence is full.
+    def sequence(self, rng: np.random.Generator) -> tuple[Map, list[Exchange]]:
+        """A map, and questions about it, or about the photo it is of, until the sequence is full.
 
-        Questions are asked again, in other words, where a photo has few: the processes wait for one another, so their
+        Questions are asked again, in other words, where there are few: the processes wait for one another, so their
         sequences have to be about equally long.
         """
         while True:
-            index = int(rng.choice(len(self.data.weights), p=self.data.weights))
-            number = int(rng.integers(len(self.data.variants)))
-            photo = self.data.variants[number].photos[index]
+            photo, map_GG = self._drawn(rng)
             exchanges: list[Exchange] = []
             room = self.options.tokens
             for _ in range(MAX_ROUNDS):
-                for question in questions_of(photo, self.model.projector.sizes.grid, rng, self.options.mix):
+                for question in self._questions(photo, map_GG, rng):
                     exchange = self._exchange(question, rng)
                     if len(exchange.ids) <= room:
                         exchanges.append(exchange)
@@ -218,7 +214,21 @@ class _Trainer:
                 if room < SHORTEST_QUESTION:
                     break
             if exchanges:
-                return number, index, exchanges
+                return map_GG, exchanges
+
+    def _drawn(self, rng: np.random.Generator) -> tuple[Photo | None, Map]:
+        if rng.random() >= ABOUT_PHOTOS:
+            return None, self.maps.draw(rng)
+        index = int(rng.choice(len(self.data.weights), p=self.data.weights))
+        number = int(rng.integers(len(self.data.variants)))
+        return self.data.variants[number].photos[index], self.maps.true(number, index)
+
+    def _questions(self, photo: Photo | None, map_GG: Map, rng: np.random.Generator) -> list[Question]:
+        if photo is not None:
+            return questions_of(photo, self.model.projector.sizes.grid, rng, self.options.mix)
+        absent = [self.maps.some_class(rng) for _ in range(rng.integers(1, MOST_ABSENT + 1))]
+        found = questions_of_map(map_GG, self.model.classes, absent, rng, self.options.mix)
+        return found[: MOST_CLASSES + MOST_ABSENT]
 
     def _exchange(self, question: Question, rng: np.random.Generator) -> Exchange:
         """Mostly without most of the rows below the last that shows something: each is a copy of the one above it."""
@@ -257,29 +267,12 @@ class _Trainer:
         return {name: round(value, 4) for name, value in self.mean.items()}
 
     def _picture_step(self, rng: np.random.Generator, is_reading: bool) -> dict[str, float]:
-        number, index, exchanges = self.sequence(rng)
-        variant = self.data.variants[number]
-        targets = cell_targets(variant.photos[index], self.model.projector.sizes.grid, self.model.classes)
-        features = torch.from_numpy(np.array(variant.features[index])[None]).float()
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden_NTE = self.model.projector.hidden(features)
-            logits_NTK = self.model.projector.classify(hidden_NTE).float()
-            lengths_NTG = self.model.projector.measure(hidden_NTE).float()
-            shown_NTK, shown_NTG = logits_NTK, lengths_NTG
-            if rng.random() < self.options.true_cells:
-                shown_NTK, shown_NTG = _true_logits(targets, logits_NTK, lengths_NTG)
-            tokens_NTD = self.model.projector.tokens(hidden_NTE, shown_NTK, shown_NTG)
-            shape_NT4 = self.model.shape_head(hidden_NTE).float()
-        cell_loss = cell_losses(logits_NTK, lengths_NTG, shape_NT4, [targets])
+        map_GG, exchanges = self.sequence(rng)
         packed = self.packer.pack(exchanges)
-        answer_loss, figures = self._answer_loss(packed, tokens_NTD[0], rng, is_reading=is_reading)
-        (answer_loss + self.options.cell_weight * cell_loss).backward()
-        return {
-            **figures,
-            "loss": answer_loss.item(),
-            "cells": cell_loss.item(),
-            "tokens": float(len(packed.ids_S)),
-        }
+        tokens_TD = self.model.projector.tokens(torch.from_numpy(map_GG).flatten())
+        loss, figures = self._answer_loss(packed, tokens_TD, rng, is_reading=is_reading)
+        loss.backward()
+        return {**figures, "loss": loss.item(), "tokens": float(len(packed.ids_S))}
 
     def _answer_loss(
         self, packed: PackedSequence, tokens_TD: Tensor, rng: np.random.Generator, *, is_reading: bool
@@ -406,6 +399,8 @@ class _Trainer:
         if not file.exists():
             return 0, 0.0
         state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["classes"] != list(self.model.classes):
+            raise CheckpointError(f"{file} was made with other classes: name another folder, or remove it")
         self.model.projector.load_state_dict(state["projector"])
         self.model.shape_head.load_state_dict(state["shape_head"])
         with torch.no_grad():
@@ -452,12 +447,11 @@ class _Topics:
 
 def cell_losses(
     logits_NTK: Tensor,
-    lengths_NTG: Tensor,
     shape_NT4: Tensor,
     targets: Sequence[CellTargets],
     class_weights_K: Tensor | None = None,
 ) -> Tensor:
-    """What the projector says of each cell against what is known: class, length of the run, shape of the object."""
+    """What the projector says of each cell against what is known: its class, and the shape of its object."""
     class_NT = torch.from_numpy(np.stack([target.class_T for target in targets]))
     unnamed_NK = torch.from_numpy(np.stack([target.unnamed_K for target in targets]))
     log_NTK = logits_NTK.log_softmax(-1)
@@ -465,26 +459,11 @@ def cell_losses(
     unnamed_NT = log_NTK.masked_fill(~unnamed_NK[:, None], float("-inf")).logsumexp(-1)
     weight_NT = torch.ones_like(named_NT) if class_weights_K is None else class_weights_K[class_NT]
     class_loss = -(torch.where(class_NT > 0, named_NT, unnamed_NT) * weight_NT).sum() / weight_NT.sum()
-    length_NT = torch.from_numpy(np.stack([target.length_T for target in targets]))
-    length_loss = F.cross_entropy(lengths_NTG.flatten(0, 1), length_NT.flatten())
     truth_NT4 = torch.from_numpy(np.stack([target.shape_T4 for target in targets]))
     is_object_NT = torch.from_numpy(np.stack([target.is_object_T for target in targets]))
     distance_NT = (shape_NT4 - truth_NT4).abs().mean(-1)
     shape_loss = (distance_NT * is_object_NT).sum() / is_object_NT.sum().clamp(min=1)
-    return class_loss + LENGTH_WEIGHT * length_loss + shape_loss
-
-
-def _true_logits(targets: CellTargets, logits_NTK: Tensor, lengths_NTG: Tensor) -> tuple[Tensor, Tensor]:
-    """Certainty about each cell's class and length in the place of the projector's opinion, which stays where a cell of
-    class 0 may show something after all."""
-    class_T = torch.from_numpy(targets.class_T)
-    is_known_T = (class_T > 0) | (torch.from_numpy(targets.unnamed_K).sum() == 1)
-    true_TK = F.one_hot(class_T, logits_NTK.shape[-1]).float() * CERTAIN
-    true_TG = F.one_hot(torch.from_numpy(targets.length_T), lengths_NTG.shape[-1]).float() * CERTAIN
-    return (
-        torch.where(is_known_T[:, None], true_TK, logits_NTK[0])[None],
-        torch.where(is_known_T[:, None], true_TG, lengths_NTG[0])[None],
-    )
+    return class_loss + shape_loss
 
 
 def new_model(
@@ -509,30 +488,38 @@ def new_model(
         projector.lengths_GD.copy_(directions(sizes.grid) * LENGTH_SHARE)
         row_GD, column_GD = directions(2, sizes.grid) * PLACE_SHARE
         projector.place_TD.copy_((row_GD[:, None] + column_GD[None]).flatten(0, 1))
-        projector.free.weight.zero_()
     llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=options.seed)
     return Model(projector, nn.Linear(sizes.width, 4), llama, tuple(classes))
 
 
-def load_trained(model: Model, file: Path) -> None:
+def check_trained(file: Path, classes: Sequence[str], options: TrainingOptions) -> None:
+    """Raises CheckpointError unless ``file`` is what `export` wrote of a run with these classes, rank and alpha."""
+    from safetensors import safe_open
+
+    settings, tensors = read_trained(file)
+    with safe_open(file, framework="pt") as stored:
+        found = json.loads((stored.metadata() or {}).get(TRAINING_KEY, "{}")).get("classes")
+    if found != list(classes):
+        raise CheckpointError(f"{file} was trained with the classes {found}, not with {list(classes)}")
+    if settings[ALPHA] != options.alpha:
+        raise CheckpointError(f"{ALPHA} of {file} is {settings[ALPHA]}, expected {options.alpha}")
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight") and len(tensor) != options.rank:
+            raise CheckpointError(f"{name} in {file} has rank {len(tensor)}, expected {options.rank}")
+
+
+def load_trained(model: Model, file: Path, options: TrainingOptions) -> None:
     """Put what a run trained (`export`) into ``model``, so that training goes on from there.
 
     The head for the shapes of objects, which is not in the file, stays as it is.
 
     Raises:
-        CheckpointError: the file is of another kind, of other sizes, or was trained with other classes.
+        CheckpointError: as `check_trained`, or a tensor is missing, of no use, or of another shape.
     """
-    from safetensors import safe_open
-
-    settings, tensors = read_trained(file)
-    with safe_open(file, framework="pt") as stored:
-        classes = json.loads((stored.metadata() or {}).get(TRAINING_KEY, "{}")).get("classes")
-    if classes != list(model.classes):
-        raise CheckpointError(f"{file} was trained with the classes {classes}, not with {list(model.classes)}")
-    halves = model.llama.named_halves()
-    if settings[ALPHA] != model.llama.alpha:
-        raise CheckpointError(f"{ALPHA} of {file} is {settings[ALPHA]}, expected {model.llama.alpha}")
-    targets = {f"projector.{name}": tensor for name, tensor in model.projector.state_dict().items()} | halves
+    check_trained(file, model.classes, options)
+    _, tensors = read_trained(file)
+    targets = {f"projector.{name}": tensor for name, tensor in model.projector.state_dict().items()}
+    targets |= model.llama.named_halves()
     for name in sorted(targets.keys() ^ tensors.keys()):
         raise CheckpointError(f"{name} is {'missing from' if name in targets else 'of no use here, but in'} {file}")
     with torch.no_grad():

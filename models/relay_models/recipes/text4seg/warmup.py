@@ -1,6 +1,6 @@
 """The projector's warm-up: it learns what each cell shows before the language model learns to read it.
 
-    features (cached) → projector → class, length of the run and shape of the object, cell by cell
+    features (cached) → projector → class and shape of the object, cell by cell
 
 It costs little: no language model takes part. Afterwards a cell's token already holds, in the language model's own
 words, what the cell shows. It is trained for a time, not for a number of steps, and goes on from its checkpoint.
@@ -79,7 +79,7 @@ def warm_up(
     grid = model.projector.sizes.grid
     targets = [[cell_targets(photo, grid, model.classes) for photo in variant.photos] for variant in variants]
     weights_K = class_weights(targets, len(model.classes) + 1)
-    parameters = [*model.projector.parameters(), *model.shape_head.parameters()]
+    parameters = [*model.projector.requires_grad_(True).parameters(), *model.shape_head.parameters()]
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
     others = [parameter for parameter in parameters if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -104,10 +104,9 @@ def warm_up(
             with torch.autocast("cpu", torch.bfloat16):
                 hidden_NTE = model.projector.hidden(torch.from_numpy(features).float())
                 logits_NTK = model.projector.classify(hidden_NTE).float()
-                lengths_NTG = model.projector.measure(hidden_NTE).float()
                 shape_NT4 = model.shape_head(hidden_NTE).float()
             chosen = [targets[number][index] for number, index in drawn]
-            loss = cell_losses(logits_NTK, lengths_NTG, shape_NT4, chosen, weights_K)
+            loss = cell_losses(logits_NTK, shape_NT4, chosen, weights_K)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
