@@ -13,7 +13,7 @@ and half the precision of every image token would; the prompt's one `<image>` be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from vllm.config.multimodal import MultiModalDummyOptions
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalDataDict
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMRoPE, SupportsMultiModal
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -37,6 +38,7 @@ from vllm.multimodal.processing import (
     PromptReplacement,
     PromptUpdate,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -214,27 +216,38 @@ class _WithLora(LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         self._method.process_weights_after_loading(layer)
+        if current_platform.is_cpu():
+            for half in (layer.lora_down, layer.lora_up):
+                dispatch_cpu_unquantized_gemm(half, remove_weight=True)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = self._method.apply(layer, x, bias)
-        x_TR = F.linear(x, layer.lora_down) * layer.lora_follows_T1[: x.shape[0]]
-        return y + F.linear(x_TR, layer.lora_up)
+        return y + layer.lora_up(layer.lora_down(x) * layer.lora_follows_T1[: x.shape[0]])
+
+
+class _Half(nn.Module):
+    """x @ weight.T, by vLLM's own kernel where that is on a CPU: PyTorch's takes several times as long there."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=dtype), requires_grad=False)
+        self.cpu_linear: Callable[..., torch.Tensor] = F.linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cpu_linear(x, self.weight, None)
 
 
 def _add_lora(layers: nn.Module, rank: int, follows_T1: torch.Tensor) -> None:
     """Give each linear layer room for its halves: those of a layer that is several matrices stand below one another."""
-    for name, layer in layers.named_modules():
+    for name, layer in list(layers.named_modules()):
         if not isinstance(layer, LinearBase):
             continue
         if layer.tp_size != 1:
             raise VLLMValidationError(f"relay-seg runs on one device, got a tensor parallel size of {layer.tp_size}")
         num_parts = len(_PACKED.get(name.rpartition(".")[2], (name,)))
         dtype = follows_T1.dtype
-        for half, shape in (
-            ("lora_down", (num_parts * rank, layer.input_size)),
-            ("lora_up", (layer.output_size, num_parts * rank)),
-        ):
-            layer.register_parameter(half, nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False))
+        layer.lora_down = _Half(num_parts * rank, layer.input_size, dtype)
+        layer.lora_up = _Half(layer.output_size, num_parts * rank, dtype)
         layer.register_buffer("lora_follows_T1", follows_T1, persistent=False)
         layer.quant_method = _WithLora(layer.quant_method)
 
@@ -249,8 +262,8 @@ def _load_lora(model: nn.Module, halves: Mapping[str, torch.Tensor], alpha: floa
         row, column = 0, 0
         for part in _PACKED.get(child, (child,)):
             down, up = halves[f"{parent}.{part}{_LORA_A}"], halves[f"{parent}.{part}{_LORA_B}"]
-            layer.lora_down.data[column : column + len(down)] = down
-            layer.lora_up.data[row : row + len(up), column : column + len(down)] = alpha / len(down) * up.float()
+            layer.lora_down.weight.data[column : column + len(down)] = down
+            layer.lora_up.weight.data[row : row + len(up), column : column + len(down)] = alpha / len(down) * up.float()
             row, column = row + len(up), column + len(down)
-        filled |= {f"{parent}.{child}.lora_down", f"{parent}.{child}.lora_up"}
+        filled |= {f"{parent}.{child}.lora_down.weight", f"{parent}.{child}.lora_up.weight"}
     return filled
