@@ -29,7 +29,7 @@ def mask_of(url: str, photo: Path, expression: str) -> Image.Image:
     request = urllib.request.Request(f"{url}/v1/segmentations", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request) as response:
         (result,) = json.load(response)["results"]
-    encoded = result["mask"].partition("base64,")[2] or result["mask"]
+    encoded = result["mask"]["png"]
     return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("L").point(lambda value: 255 if value else 0)
 
 
