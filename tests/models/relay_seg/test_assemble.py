@@ -60,6 +60,9 @@ def trained(base: Path) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         projector = Projector(projector_sizes(config)).state_dict()
+        projector["classify.weight"] *= 20  # so that what cells show depends on the picture
+        for name in ("codebook_KD", "lengths_GD", "place_TD"):
+            projector[name].normal_()
         with torch.device("meta"):
             layers = LlamaForCausalLM(LlamaConfig.from_pretrained(base)).model.layers
             add_lora(layers, RANK, ALPHA)
