@@ -7,6 +7,7 @@ The small file (safetensors) holds what was trained, and nothing else:
     projector.NAME                         the projector, by the names of its module
     language_model.MODULE.lora_A.weight    [rank, in]: half of a change to MODULE, see `activated_lora`
     language_model.MODULE.lora_B.weight    [out, rank]: the other half
+    metadata ``training``                  JSON: how it was made
     metadata ``relay_seg``                 JSON: ``lora_alpha``, and what differs from the defaults of `RelaySegConfig`
 
 Promises: a base or an encoder that is not the pinned one is refused before anything is written, because the small file
@@ -36,7 +37,7 @@ from relay_models.relay_seg.pins import BASE_SHA256
 from relay_models.text4seg.checkpoint_files import open_weights, read_json
 from relay_models.text4seg.families.relay_seg import CONVERSATION, IMAGE_TOKEN
 
-METADATA_KEY = "relay_seg"
+METADATA_KEY, TRAINING_KEY = "relay_seg", "training"
 MAX_RANK = 32
 ALPHA = "lora_alpha"
 UNUSED_TOKEN = "<empty_output>"  # of the base, at IMAGE_TOKEN_ID
@@ -102,11 +103,20 @@ def check_base(base: Path) -> None:
         )
 
 
-def save_trained(file: Path, tensors: Mapping[str, Tensor], *, lora_alpha: float, **settings: Any) -> None:
-    """Write the small file, in bfloat16. ``settings`` are fields of `RelaySegConfig`."""
+def save_trained(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    lora_alpha: float,
+    training: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> None:
+    """Write the small file, in bfloat16: ``training`` tells how it was made, ``settings`` are of `RelaySegConfig`."""
     from safetensors.torch import save_file
 
     metadata = {"format": "pt", METADATA_KEY: json.dumps({ALPHA: lora_alpha, **settings})}
+    if training is not None:
+        metadata[TRAINING_KEY] = json.dumps(training)
     save_file({name: t.detach().to(torch.bfloat16).contiguous() for name, t in tensors.items()}, file, metadata)
     file.chmod(0o644)  # safetensors writes 0600
 
@@ -157,7 +167,7 @@ def _rank(trained: Mapping[str, Tensor], weights: Path) -> int:
 def _config(settings: Mapping[str, Any], rank: int, base: Path, weights: Path) -> RelaySegConfig:
     text = read_json(base / "config.json")
     fields = {name: value for name, value in settings.items() if name != ALPHA}
-    unknown = sorted(fields.keys() - set(RelaySegConfig().to_dict()))
+    unknown = sorted(fields.keys() - set(RelaySegConfig().to_dict()) | fields.keys() & {"lora_rank"})
     if unknown:
         raise CheckpointError(f"{weights} has settings that relay-seg does not know: {', '.join(unknown)}")
     return RelaySegConfig(

@@ -22,6 +22,7 @@ from relay_models.recipes.text4seg.augment import (
     mosaic,
     names_class,
     opened,
+    plural,
     random_window,
 )
 from relay_models.recipes.text4seg.dataset import Expression, Instance, Photo, load_jsonl
@@ -529,3 +530,19 @@ def test_what_is_said_of_changed_real_photos_is_true():
             elif shown.is_complete(label) and "+" in shown.file:
                 assert geometry.holds(item)
     assert min(kinds.values()) > 0, kinds
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("person", "people"),
+        ("wine glass", "wine glasses"),
+        ("knife", "knives"),
+        ("couch", "couches"),
+        ("sheep", "sheep"),
+        ("dining table", "dining tables"),
+    ],
+)
+def test_all_of_a_class_in_english(label: str, expected: str) -> None:
+    assert plural(label) == expected
+    assert names_class(f"all {expected}", label)

@@ -40,7 +40,6 @@ def test_equal_seeds_draw_equal_maps_of_known_classes(drawer: MapDrawer) -> None
     assert {map_GG.shape for map_GG in maps[0]} == {(GRID, GRID)}
     assert set(np.unique(maps[0])) == {0, 1, 2, 3}
     assert len({map_GG.tobytes() for map_GG in maps[0]}) > 40
-    assert all(map_GG.any() or number for number, map_GG in enumerate(maps[0]))
 
 
 def test_maps_of_a_photo_are_its_masks_or_what_is_seen(drawer: MapDrawer) -> None:
@@ -73,7 +72,7 @@ MAP = np.array([[0, 1, 1, 0], [0, 1, 3, 3], [0, 0, 3, 3], [0, 0, 0, 0]])
 def test_each_class_of_a_map_is_asked_for_and_each_that_is_not_there() -> None:
     for seed in range(20):
         mix = QuestionMix(multi_class_share=0.0)
-        found = questions_of_map(MAP, CLASSES, [2, 1], np.random.default_rng(seed), mix)
+        found = questions_of_map(MAP, CLASSES, [2, 1, 2], np.random.default_rng(seed), mix)
         assert sorted(item.kind for item in found) == ["absent", "class", "class"]
         for item in found:
             (_, said) = item.labels
@@ -88,7 +87,7 @@ def test_several_classes_at_once_are_those_of_the_map() -> None:
     seen = set()
     for seed in range(40):
         mix = QuestionMix(multi_class_share=1.0)
-        found = questions_of_map(MAP, CLASSES, [2], np.random.default_rng(seed), mix)
+        found = questions_of_map(MAP, CLASSES, [2, 2], np.random.default_rng(seed), mix)
         (item,) = [item for item in found if item.kind == "classes"]
         named = np.array([0, *(1 + CLASSES.index(label) for label in item.labels[1:])])
         shown = np.isin(MAP, named)

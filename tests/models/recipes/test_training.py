@@ -33,11 +33,10 @@ from relay_models.recipes.text4seg.training import (
     Model,
     TrainingOptions,
     _Trainer,
-    cell_losses,
     export,
     load_trained,
 )
-from relay_models.recipes.text4seg.warmup import WarmupOptions, warm_up
+from relay_models.recipes.text4seg.warmup import WarmupOptions, cell_losses, warm_up
 from relay_models.relay_seg.activated_lora import add_lora
 from relay_models.relay_seg.assemble import read_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID

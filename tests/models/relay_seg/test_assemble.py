@@ -215,6 +215,7 @@ def test_a_folder_in_the_way_is_left_alone(base, encoder, weights, tmp_path):
         ({}, {"lora_alpha": "much"}, "lora_alpha in .* must be a number, got 'much'"),
         ({}, {"lora_alpha": None}, "lora_alpha in .* must be a number, got None"),
         ({}, {"colour": 3}, "has settings that relay-seg does not know: colour"),
+        ({}, {"lora_rank": 3}, "has settings that relay-seg does not know: lora_rank"),
     ],
 )
 def test_weights_of_another_kind_are_refused_by_name(change, settings, message, trained, base, monkeypatch, tmp_path):

@@ -402,6 +402,18 @@ def _names(label: str) -> tuple[str, ...]:
     return tuple(" ".join([*first, form]) for form in (last, *_plurals(last)))
 
 
+def plural(label: str) -> str:
+    """All of a class in English: "people", "wine glasses", "knives"."""
+    *first, last = label.split()
+    if last in _IRREGULAR_PLURALS:
+        form = _IRREGULAR_PLURALS[last]
+    elif last.endswith("fe"):
+        form = f"{last.removesuffix('fe')}ves"
+    else:
+        form = f"{last}es" if last.endswith(("s", "x", "z", "ch", "sh")) else f"{last}s"
+    return " ".join([*first, form])
+
+
 def _plurals(word: str) -> tuple[str, ...]:
     found = [word + "s", word + "es", _IRREGULAR_PLURALS.get(word, word)]
     if word.endswith("fe"):

@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relay_models.errors import RelayModelsError
+from relay_models.recipes.text4seg.augment import plural
 from relay_models.recipes.text4seg.dataset import Expression, Instance, Photo
 from relay_models.text4seg.codec import BACKGROUND, CLOSE_TAG, OPEN_TAG, encode
 from relay_models.text4seg.geometry import reduce_to_grid
@@ -43,10 +44,11 @@ Cells = npt.NDArray[np.uint8]
 CellMask = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 
-_SHARES_OF_NAMES = (0.6, 0.1, 0.15, 0.15)
 QUESTION_KINDS = ("class", "position", "size", "relation", "absent", "classes", "everything")
 MAX_LABELS = 255  # of one question, so that cells fit in uint8
 
+# How often a class of a map is asked for by its bare name, as evaluations do, and in the ways of `_called`.
+_SHARES_OF_NAMES = (0.6, 0.1, 0.15, 0.15)
 # How a thing that is not there may be called: by its name, as evaluations do, and as expressions call what is there.
 _ABSENT_NAMES = ("{}", "the {}")
 _ABSENT_EXPRESSIONS = ("the {} on the left", "the {} on the right", "the leftmost {}", "the rightmost {}")
@@ -153,14 +155,14 @@ def questions_of_map(
     Args:
         map_GG: [G, G] for each cell 1 + the index of a class, or 0.
         classes: the names.
-        absent: numbers of classes to ask for as well, those that are not on the map.
+        absent: numbers of classes to ask for as well, each once, those that are not on the map.
         rng: makes every choice.
         mix: see there; of it `multi_class_share` and `varies_templates` count here.
     """
     mix = mix or QuestionMix()
     grid = len(map_GG)
     present = [int(number) for number in np.unique(map_GG) if number]
-    absent = [number for number in absent if number not in present]
+    absent = [number for number in dict.fromkeys(absent) if number not in present]
     found = [
         _refer(_called(classes[number - 1], rng), map_GG == number, _nowhere(grid), kind, rng, mix)
         for kind, numbers in (("class", present), ("absent", absent))
@@ -181,8 +183,8 @@ def questions_of_map(
 
 def _called(name: str, rng: np.random.Generator) -> str:
     """All of a class, in one of the ways that people ask for it."""
-    plural = {"person": "people"}.get(name, f"{name}s")
-    return str(rng.choice([name, f"the {name}", f"all {plural}", f"all the {plural}"], p=_SHARES_OF_NAMES))
+    names = (name, f"the {name}", f"all {plural(name)}", f"the {plural(name)}")
+    return str(rng.choice(names, p=_SHARES_OF_NAMES))
 
 
 def class_question(label: str) -> str:

@@ -1,6 +1,6 @@
 """The recipe of relay-seg-tiny, from photos with masks to a folder the server loads, on a few CPU cores.
 
-    photos → features of changed copies → projector warmed up → LoRA and projector together → small file → merged folder
+    photos → features of changed copies → projector warmed up → LoRA reads its maps → small file → folder
 
 The folder of a run holds
     model/                        what it is all about: `vllm-relay serve RUN/model`

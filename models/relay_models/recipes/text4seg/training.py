@@ -38,14 +38,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from relay_models.errors import CheckpointError, RelayModelsError
-from relay_models.recipes.text4seg.cells import CellTargets
 from relay_models.recipes.text4seg.dataset import Photo
 from relay_models.recipes.text4seg.features import Variant
 from relay_models.recipes.text4seg.lora_layers import Guide, LoraLlama
 from relay_models.recipes.text4seg.maps import Map, MapDrawer
 from relay_models.recipes.text4seg.packing import Exchange, PackedSequence, Packer
 from relay_models.recipes.text4seg.questions import Question, QuestionMix, questions_of, questions_of_map
-from relay_models.relay_seg.assemble import ALPHA, METADATA_KEY, read_trained
+from relay_models.relay_seg.assemble import ALPHA, TRAINING_KEY, read_trained, save_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.relay_seg.pins import BASE_SHA256, ENCODER_SHA256
 from relay_models.relay_seg.projector import Projector, ProjectorSizes
@@ -53,7 +52,6 @@ from relay_models.relay_seg.projector import Projector, ProjectorSizes
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
-TRAINING_KEY = "training"  # of the metadata of what is exported
 # The first layer of SmolLM2 adds forty times what an embedding holds: tokens as large as that stay legible above it. It
 # does not change what that layer itself computes, which is of normalised tokens.
 TOKEN_SCALE = 20.0
@@ -445,27 +443,6 @@ class _Topics:
         return self._known[text]
 
 
-def cell_losses(
-    logits_NTK: Tensor,
-    shape_NT4: Tensor,
-    targets: Sequence[CellTargets],
-    class_weights_K: Tensor | None = None,
-) -> Tensor:
-    """What the projector says of each cell against what is known: its class, and the shape of its object."""
-    class_NT = torch.from_numpy(np.stack([target.class_T for target in targets]))
-    unnamed_NK = torch.from_numpy(np.stack([target.unnamed_K for target in targets]))
-    log_NTK = logits_NTK.log_softmax(-1)
-    named_NT = log_NTK.gather(-1, class_NT[..., None])[..., 0]
-    unnamed_NT = log_NTK.masked_fill(~unnamed_NK[:, None], float("-inf")).logsumexp(-1)
-    weight_NT = torch.ones_like(named_NT) if class_weights_K is None else class_weights_K[class_NT]
-    class_loss = -(torch.where(class_NT > 0, named_NT, unnamed_NT) * weight_NT).sum() / weight_NT.sum()
-    truth_NT4 = torch.from_numpy(np.stack([target.shape_T4 for target in targets]))
-    is_object_NT = torch.from_numpy(np.stack([target.is_object_T for target in targets]))
-    distance_NT = (shape_NT4 - truth_NT4).abs().mean(-1)
-    shape_loss = (distance_NT * is_object_NT).sum() / is_object_NT.sum().clamp(min=1)
-    return class_loss + shape_loss
-
-
 def new_model(
     config: Any, tensors: dict[str, Tensor], tokenizer: Any, classes: Sequence[str], options: TrainingOptions
 ) -> Model:
@@ -531,12 +508,10 @@ def load_trained(model: Model, file: Path, options: TrainingOptions) -> None:
 
 
 def export(checkpoint: Path, target: Path) -> None:
-    """Write what a checkpoint holds as the small file that `relay_seg.assemble` merges, in bfloat16, by a rename.
+    """Write what a checkpoint holds as the small file that `relay_seg.assemble` takes, in bfloat16, by a rename.
 
     The metadata names the base and the encoder it belongs to, the options, steps, seconds and classes of the run.
     """
-    from safetensors.torch import save_file
-
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     options = json.loads(state["options"])
     tensors = {f"projector.{name}": tensor for name, tensor in state["projector"].items()} | state["halves"]
@@ -549,10 +524,13 @@ def export(checkpoint: Path, target: Path) -> None:
         "options": options,
         "classes": state["classes"],
     }
-    settings = {ALPHA: options["alpha"], "projector_classes": len(state["classes"])}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(settings), TRAINING_KEY: json.dumps(training)}
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_suffix(".part")
-    save_file({name: t.detach().to(torch.bfloat16).contiguous() for name, t in tensors.items()}, unfinished, metadata)
-    unfinished.chmod(0o644)  # safetensors writes 0600
+    save_trained(
+        unfinished,
+        tensors,
+        lora_alpha=options["alpha"],
+        training=training,
+        projector_classes=len(state["classes"]),
+    )
     os.replace(unfinished, target)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from relay_models.errors import RelayModelsError
 from relay_models.recipes.text4seg.cells import CellTargets, cell_targets
 from relay_models.recipes.text4seg.features import Variant
-from relay_models.recipes.text4seg.training import Model, cell_losses
+from relay_models.recipes.text4seg.training import Model
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,27 @@ def warm_up(
                 saved = time.monotonic()
     _save(checkpoint, model, optimizer, step, max(elapsed, total))
     logger.info("projector: %d steps", step)
+
+
+def cell_losses(
+    logits_NTK: Tensor,
+    shape_NT4: Tensor,
+    targets: Sequence[CellTargets],
+    class_weights_K: Tensor | None = None,
+) -> Tensor:
+    """What the projector says of each cell against what is known: its class, and the shape of its object."""
+    class_NT = torch.from_numpy(np.stack([target.class_T for target in targets]))
+    unnamed_NK = torch.from_numpy(np.stack([target.unnamed_K for target in targets]))
+    log_NTK = logits_NTK.log_softmax(-1)
+    named_NT = log_NTK.gather(-1, class_NT[..., None])[..., 0]
+    unnamed_NT = log_NTK.masked_fill(~unnamed_NK[:, None], float("-inf")).logsumexp(-1)
+    weight_NT = torch.ones_like(named_NT) if class_weights_K is None else class_weights_K[class_NT]
+    class_loss = -(torch.where(class_NT > 0, named_NT, unnamed_NT) * weight_NT).sum() / weight_NT.sum()
+    truth_NT4 = torch.from_numpy(np.stack([target.shape_T4 for target in targets]))
+    is_object_NT = torch.from_numpy(np.stack([target.is_object_T for target in targets]))
+    distance_NT = (shape_NT4 - truth_NT4).abs().mean(-1)
+    shape_loss = (distance_NT * is_object_NT).sum() / is_object_NT.sum().clamp(min=1)
+    return class_loss + shape_loss
 
 
 def class_weights(targets: Sequence[Sequence[CellTargets]], num_classes: int) -> Tensor:
