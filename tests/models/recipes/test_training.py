@@ -22,6 +22,7 @@ from relay_models.recipes.text4seg.features import Variant
 from relay_models.recipes.text4seg.lora_layers import Guide, LoraLlama, PackedLayout, _Group
 from relay_models.recipes.text4seg.packing import (
     CHANGE_WEIGHT,
+    DISTRACTED_WEIGHT,
     KNOWN_WEIGHT,
     MARK_WEIGHT,
     PREAMBLE_WEIGHT,
@@ -260,6 +261,21 @@ def test_a_token_knows_its_run_and_counts_as_much_as_the_picture_is_needed_for_i
     assert len(cut.ids) == len(cut.weights) == len(cut.runs)
 
 
+def test_rows_that_show_something_else_count_more(tokenizer) -> None:
+    packer = Packer(tokenizer, GRID**2)
+    question = the_question(a_photo())
+    exchange = packer.exchange(question)
+    shows_GG = np.zeros((GRID, GRID), dtype=bool)
+    shows_GG[0, 1] = shows_GG[1, 0] = True
+    changed = exchange.distracted(shows_GG)
+    assert (changed.ids, changed.runs) == (exchange.ids, exchange.runs)
+    for before, after, (cell, _, _) in zip(exchange.weights, changed.weights, exchange.runs, strict=True):
+        is_told = 0 <= cell < 2 * GRID
+        assert after == (DISTRACTED_WEIGHT if is_told and 0 < before < 1 else before)
+    assert changed.weights.count(DISTRACTED_WEIGHT) == 4 + 2  # `others *4` and its end; ` others *`
+    assert exchange.distracted(np.zeros_like(shows_GG)) == exchange
+
+
 def test_rows_are_told_apart_by_tokens_and_not_by_text(tokenizer) -> None:
     packer = Packer(tokenizer, 256)
     assert len(set(ROW_MARKS)) == len(ROW_MARKS) == 15
@@ -361,6 +377,22 @@ def replace_layers(config: LlamaConfig, layers: int) -> LlamaConfig:
 def trained(made: _Trainer) -> dict[str, torch.Tensor]:
     halves = made.model.llama.named_halves()
     return {**halves, **made.model.projector.state_dict(), **made.probe.state_dict()}
+
+
+def test_answers_are_cut_below_what_the_map_shows(tokenizer) -> None:
+    made = trainer(tokenizer, replace(OPTIONS, whole_answers=0.0))
+    question = the_question(a_photo(), "absent")
+
+    def num_rows(last_shown: int) -> set[int]:
+        map_GG = np.zeros((GRID, GRID), dtype=np.int64)
+        map_GG[: last_shown + 1] = 2
+        rng = np.random.default_rng(0)
+        texts = [tokenizer.decode(made._exchange(question, map_GG, rng).ids) for _ in range(40)]
+        return {text.partition("<seg>")[2].count("\n") for text in texts}
+
+    assert num_rows(-1) == {1, 2, 3}
+    assert num_rows(0) == {2, 3, 4}
+    assert num_rows(2) == {4}
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tokenizer, tmp_path: Path) -> None:

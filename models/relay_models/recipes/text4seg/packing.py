@@ -26,6 +26,7 @@ from relay_models.text4seg.row_marks import mark_tokens
 PREAMBLE_WEIGHT = 0.1  # of a token of the preamble, which the question settles
 KNOWN_WEIGHT = 0.3  # of what a row shares with the row before it, from its start: copying says it
 CHANGE_WEIGHT = 3.0  # of the place where it first differs: only the picture says it
+DISTRACTED_WEIGHT = 1.5  # of a row like the one before it, where the picture shows something that was not asked for
 MARK_WEIGHT = 0.5  # of a piece of a word that tells its row
 END_OF_TURN = "<|im_end|>"
 
@@ -78,6 +79,15 @@ class Exchange:
     runs: tuple[Run, ...]
     is_asked_GG: npt.NDArray[np.bool_]  # noqa: N815
     topic: int
+
+    def distracted(self, shows_GG: npt.NDArray[np.bool_]) -> Exchange:
+        """With more weight on rows in which the picture shows something, asked for or not: reading goes wrong there."""
+        is_told = shows_GG.any(axis=1)
+        weights = [
+            DISTRACTED_WEIGHT if 0 < weight < 1 and cell >= 0 and is_told[cell // len(shows_GG)] else weight
+            for weight, (cell, _, _) in zip(self.weights, self.runs, strict=True)
+        ]
+        return replace(self, weights=tuple(weights))
 
     def cut(self, most: int) -> Exchange:
         return replace(self, ids=self.ids[:most], weights=self.weights[:most], runs=self.runs[:most])

@@ -67,7 +67,7 @@ READ_LAYER = 9  # by which it knows what the picture shows there
 MAX_ROUNDS = 3  # of questions about one photo
 SHORTEST_QUESTION = 120  # tokens
 ABOUT_PHOTOS = 0.2  # of sequences, how many ask about a photo in every way, not about a map
-MOST_CLASSES, MOST_ABSENT = 5, 2  # of a map, asked for in a round of questions
+MOST_CLASSES, MOST_ABSENT = 5, 4  # of a map, asked for in a round of questions
 COMMON_TOKENS = 2048  # of the vocabulary, whose tokens are sorted from common to rare: rivals of every target
 
 
@@ -103,7 +103,7 @@ class TrainingOptions:
     lora_rate: float = 1.5e-3
     projector_rate: float = 2e-3
     tokens: int = 900
-    whole_answers: float = 0.35
+    whole_answers: float = 0.2
     guide_weight: float = 0.25
     full_vocabulary_share: float = 0.1
     readings_between: int = 2
@@ -205,7 +205,7 @@ class _Trainer:
             room = self.options.tokens
             for _ in range(MAX_ROUNDS):
                 for question in self._questions(photo, map_GG, rng):
-                    exchange = self._exchange(question, rng)
+                    exchange = self._exchange(question, map_GG, rng)
                     if len(exchange.ids) <= room:
                         exchanges.append(exchange)
                         room -= len(exchange.ids)
@@ -224,17 +224,18 @@ class _Trainer:
     def _questions(self, photo: Photo | None, map_GG: Map, rng: np.random.Generator) -> list[Question]:
         if photo is not None:
             return questions_of(photo, self.model.projector.sizes.grid, rng, self.options.mix)
-        absent = [self.maps.some_class(rng) for _ in range(rng.integers(1, MOST_ABSENT + 1))]
+        absent = [self.maps.absent_class(map_GG, rng) for _ in range(rng.integers(1, MOST_ABSENT + 1))]
         found = questions_of_map(map_GG, self.model.classes, absent, rng, self.options.mix)
         return found[: MOST_CLASSES + MOST_ABSENT]
 
-    def _exchange(self, question: Question, rng: np.random.Generator) -> Exchange:
-        """Mostly without most of the rows below the last that shows something: each is a copy of the one above it."""
+    def _exchange(self, question: Question, map_GG: Map, rng: np.random.Generator) -> Exchange:
+        """Mostly without most of the rows below the last in which the map shows anything: each is a copy of the one
+        above it. A row that shows something else than what was asked for is where reading goes wrong."""
         topic = self.topics.of(question.labels[1]) if len(question.labels) == 2 else -1
-        exchange = self.packer.exchange(question, topic)
+        exchange = self.packer.exchange(question, topic).distracted((map_GG > 0) & (question.cells_GG == 0))
         if rng.random() < self.options.whole_answers:
             return exchange
-        rows = np.flatnonzero(question.cells_GG.any(axis=1))
+        rows = np.flatnonzero(map_GG.any(axis=1))
         last = (int(rows[-1]) if len(rows) else -1) + int(rng.integers(1, 4))
         return exchange if last >= len(question.cells_GG) - 1 else self.packer.cut_after_row(exchange, last)
 
