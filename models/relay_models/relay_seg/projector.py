@@ -3,11 +3,12 @@
     features → transformer → which class each cell shows → tokens
 
 The tokens are made from that map of classes and from nothing else, so that a language model can learn to read maps, of
-which there are as many as one likes, instead of pictures, of which there are few. A cell's token is the sum of three
+which there are as many as one likes, instead of pictures, of which there are few. A cell's token is the sum of
 learned vectors in the embedding space of the language model:
 
     what it shows     one a class, begun as what tells the class's name from others', and one for whatever has no name
     how far it goes   one a length from 1 to G: for how many cells, itself included, the row shows the same to the right
+    where it begins   one, at a cell whose row shows something else to the left of it, or nothing because it is the first
     where it is       one a cell
 
 Legend: N pictures, C channels, G cells a side, T = G * G cells in reading order, E the projector's width, K classes
@@ -22,9 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# A class is on the map if some cell shows it at least this likely. So low because what is rare in training, or small, is
+# never likely, and because of no picture is it known which of eighty classes are there.
+PRESENT_ABOVE = 0.03
 # Less than one half: of a cell at an outline, or of a rare thing, "nothing that has a name" is often the likeliest
 # class although the thing is there.
-NAMED_ABOVE = 0.25
+NAMED_ABOVE = 0.2
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Projector(nn.Module):
         self.classify = nn.Linear(sizes.width, sizes.num_classes + 1)  # class 0: whatever has no name
         self.codebook_KD = nn.Parameter(torch.zeros(sizes.num_classes + 1, sizes.out_width))
         self.lengths_GD = nn.Parameter(torch.zeros(sizes.grid, sizes.out_width))  # lengths 1 to G
+        self.begins_D = nn.Parameter(torch.zeros(sizes.out_width))
         self.place_TD = nn.Parameter(torch.zeros(num_cells, sizes.out_width))
 
     def forward(self, features_NCGG: Tensor) -> Tensor:
@@ -93,13 +98,25 @@ class Projector(nn.Module):
 
     def tokens(self, class_NT: Tensor) -> Tensor:
         """The tokens [N, T, D] of maps of classes, whole numbers from 0 (no name) to K - 1."""
-        return self.codebook_KD[class_NT] + self.lengths_GD[run_lengths(class_NT, self.sizes.grid) - 1] + self.place_TD
+        lengths_NT = run_lengths(class_NT, self.sizes.grid)
+        begins_NT1 = run_begins(class_NT, self.sizes.grid)[..., None]
+        begins_NTD = torch.where(begins_NT1, self.begins_D, 0.0)
+        return self.codebook_KD[class_NT] + self.lengths_GD[lengths_NT - 1] + begins_NTD + self.place_TD
 
 
 def decide(class_logits_NTK: Tensor) -> Tensor:
-    """[N, T] the class of each cell: the likeliest that has a name, where it is likelier than `NAMED_ABOVE`, else 0."""
-    likeliest = class_logits_NTK.float().softmax(-1)[..., 1:].max(-1)
-    return torch.where(likeliest.values > NAMED_ABOVE, likeliest.indices + 1, 0)
+    """[N, T] the class of each cell, 0 for whatever has no name.
+
+    A class that is likelier than `PRESENT_ABOVE` anywhere is there. Of those classes a cell may show each that is
+    likelier than `NAMED_ABOVE` in it, or nowhere likelier than in it; and it shows that which comes nearest to its own
+    highest likelihood. So a tie is not lost on the person who wears it, nor a cup on a table.
+    """
+    likely_NTK = class_logits_NTK.float().softmax(-1)[..., 1:]
+    highest_N1K = likely_NTK.amax(1, keepdim=True)
+    may_show_NTK = (likely_NTK > NAMED_ABOVE) | (likely_NTK == highest_N1K)
+    may_show_NTK &= highest_N1K > PRESENT_ABOVE
+    shown = torch.where(may_show_NTK, likely_NTK / highest_N1K, 0.0).max(-1)
+    return torch.where(shown.values > 0, shown.indices + 1, 0)
 
 
 def run_lengths(class_NT: Tensor, grid: int) -> Tensor:
@@ -110,3 +127,11 @@ def run_lengths(class_NT: Tensor, grid: int) -> Tensor:
         goes_on = class_NGG[..., column] == class_NGG[..., column + 1]
         lengths_NGG[..., column] = torch.where(goes_on, lengths_NGG[..., column + 1] + 1, 1)
     return lengths_NGG.flatten(-2)
+
+
+def run_begins(class_NT: Tensor, grid: int) -> Tensor:
+    """[N, T] whether the row shows something else at the cell to the left, or there is none."""
+    class_NGG = class_NT.unflatten(-1, (grid, grid))
+    begins_NGG = torch.ones_like(class_NGG, dtype=torch.bool)
+    begins_NGG[..., 1:] = class_NGG[..., 1:] != class_NGG[..., :-1]
+    return begins_NGG.flatten(-2)

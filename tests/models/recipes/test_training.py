@@ -36,6 +36,7 @@ from relay_models.recipes.text4seg.training import (
     _Trainer,
     export,
     load_trained,
+    next_stretch,
 )
 from relay_models.recipes.text4seg.warmup import WarmupOptions, cell_losses, warm_up
 from relay_models.relay_seg.activated_lora import add_lora
@@ -212,6 +213,25 @@ def the_question(photo: Photo, kind: str = "class") -> Question:
     return next(item for item in questions_of(photo, GRID, np.random.default_rng(0), mix) if item.kind == kind)
 
 
+def test_the_next_stretch_against_walking_there() -> None:
+    asked_MT = torch.from_numpy(np.random.default_rng(0).random((200, 12)) < 0.4)
+    start_M = torch.arange(200) % 12
+    begins_MT, ends_MT = next_stretch(asked_MT, start_M)
+    for asked, start, begins, ends in zip(asked_MT.tolist(), start_M.tolist(), begins_MT, ends_MT, strict=True):
+        end = next((cell for cell in range(start, 12) if asked[cell]), None)
+        if end is None:
+            assert not begins.any()
+            assert not ends.any()
+            continue
+        begin = end
+        while begin > 0 and asked[begin - 1]:
+            begin -= 1
+        while end < 11 and asked[end + 1]:
+            end += 1
+        assert begins.nonzero().flatten().tolist() == [begin]
+        assert ends.nonzero().flatten().tolist() == [end]
+
+
 def test_the_tokens_are_those_of_the_servers_prompt_and_the_answer(tokenizer) -> None:
     packer = Packer(tokenizer, GRID**2)
     question = the_question(a_photo())
@@ -239,21 +259,21 @@ def test_a_token_knows_its_run_and_counts_as_much_as_the_picture_is_needed_for_i
     assert exchange.is_asked_GG.tolist() == (question.cells_GG == 1).tolist()
     start = next(place for place, (token, _, _) in enumerate(told) if token == "others")
     assert told[start : start + 12] == [
-        ("others", KNOWN_WEIGHT, (0, 3, 4)),
-        (" *", KNOWN_WEIGHT, (0, 3, 4)),
-        ("4", KNOWN_WEIGHT, (0, 3, 4)),
-        ("\n", KNOWN_WEIGHT, (3, 3, 0)),
-        (" others", MARK_WEIGHT, (4, 5, 2)),
-        (" *", KNOWN_WEIGHT, (4, 5, 2)),
-        ("2", CHANGE_WEIGHT, (4, 5, 2)),
-        ("|", 1.0, (5, 5, 0)),
-        (" square", 1.0, (6, 7, 2)),
-        (" *", 1.0, (6, 7, 2)),
-        ("2", 1.0, (6, 7, 2)),
-        ("\n", 1.0, (7, 7, 0)),
+        ("others", KNOWN_WEIGHT, (0, 4)),
+        (" *", KNOWN_WEIGHT, (0, 4)),
+        ("4", KNOWN_WEIGHT, (0, 4)),
+        ("\n", KNOWN_WEIGHT, (3, 0)),
+        (" others", MARK_WEIGHT, (4, 2)),
+        (" *", KNOWN_WEIGHT, (4, 2)),
+        ("2", CHANGE_WEIGHT, (4, 2)),
+        ("|", 1.0, (5, 0)),
+        (" square", 1.0, (6, 2)),
+        (" *", 1.0, (6, 2)),
+        ("2", 1.0, (6, 2)),
+        ("\n", 1.0, (7, 0)),
     ]
     # The third row is the second again, and says that it is the third.
-    assert told[start + 12 : start + 14] == [(" ", MARK_WEIGHT, (8, 9, 2)), ("others", MARK_WEIGHT, (8, 9, 2))]
+    assert told[start + 12 : start + 14] == [(" ", MARK_WEIGHT, (8, 2)), ("others", MARK_WEIGHT, (8, 2))]
     assert {weight for _, weight, _ in told[start + 14 : start + 21]} == {KNOWN_WEIGHT}
     assert {weight for _, weight, _ in told[:start]} == {0.0, PREAMBLE_WEIGHT, 1.0}
     cut = packer.cut_after_row(exchange, 1)
@@ -269,7 +289,7 @@ def test_rows_that_show_something_else_count_more(tokenizer) -> None:
     shows_GG[0, 1] = shows_GG[1, 0] = True
     changed = exchange.distracted(shows_GG)
     assert (changed.ids, changed.runs) == (exchange.ids, exchange.runs)
-    for before, after, (cell, _, _) in zip(exchange.weights, changed.weights, exchange.runs, strict=True):
+    for before, after, (cell, _) in zip(exchange.weights, changed.weights, exchange.runs, strict=True):
         is_told = 0 <= cell < 2 * GRID
         assert after == (DISTRACTED_WEIGHT if is_told and 0 < before < 1 else before)
     assert changed.weights.count(DISTRACTED_WEIGHT) == 4 + 2  # `others *4` and its end; ` others *`
@@ -300,9 +320,9 @@ def test_what_nobody_knows_does_not_count(tokenizer) -> None:
     silent = [
         (tokenizer.decode([token]), run)
         for token, weight, run in zip(exchange.ids, exchange.weights, exchange.runs, strict=True)
-        if weight == 0 and run != (-1, -1, 0)
+        if weight == 0 and run != (-1, 0)
     ]
-    assert silent == [(" *", (4, 5, 2)), ("2", (4, 5, 2)), (" square", (6, 7, 2)), (" *", (6, 7, 2)), ("2", (6, 7, 2))]
+    assert silent == [(" *", (4, 2)), ("2", (4, 2)), (" square", (6, 2)), (" *", (6, 2)), ("2", (6, 2))]
 
 
 # ---------------------------------------------------------------- targets of the projector
@@ -393,6 +413,37 @@ def test_answers_are_cut_below_what_the_map_shows(tokenizer) -> None:
     assert num_rows(-1) == {1, 2, 3}
     assert num_rows(0) == {2, 3, 4}
     assert num_rows(2) == {4}
+
+
+def test_heads_are_guided_to_what_comes_next(tokenizer) -> None:
+    """In rows `others *2| square *2`: to where the run begins, where the next square ends, and where it begins."""
+    made = trainer(tokenizer)
+    packed = made.packer.pack([made.packer.exchange(the_question(a_photo()))])
+    guide = made._guide(packed, is_reading=True)
+    first = len(made.packer.text_prefix)
+    found = {
+        (cell, length): [wanted.nonzero().flatten().tolist() for wanted in wanted_3P]
+        for cell, length, *wanted_3P in zip(
+            packed.start_A[packed.start_A >= 0].tolist(),
+            packed.length_A[packed.start_A >= 0].tolist(),
+            *guide.wanted_M,
+            strict=True,
+        )
+    }
+    assert found == {
+        (0, 4): [[first], [0], [0]],
+        (3, 0): [[first + 3], [0], [0]],
+        (4, 2): [[first + 4], [first + 7], [first + 6]],
+        (5, 0): [[first + 5], [first + 7], [first + 6]],
+        (6, 2): [[first + 6], [first + 7], [first + 6]],
+        (7, 0): [[first + 7], [first + 7], [first + 6]],
+        (8, 2): [[first + 8], [first + 11], [first + 10]],
+        (9, 0): [[first + 9], [first + 11], [first + 10]],
+        (10, 2): [[first + 10], [first + 11], [first + 10]],
+        (11, 0): [[first + 11], [first + 11], [first + 10]],
+        (12, 4): [[first + 12], [0], [0]],
+        (15, 0): [[first + 15], [0], [0]],
+    }
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tokenizer, tmp_path: Path) -> None:

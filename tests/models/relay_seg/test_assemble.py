@@ -61,7 +61,7 @@ def trained(base: Path) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         projector = Projector(projector_sizes(config)).state_dict()
         projector["classify.weight"] *= 20  # so that what cells show depends on the picture
-        for name in ("codebook_KD", "lengths_GD", "place_TD"):
+        for name in ("codebook_KD", "lengths_GD", "begins_D", "place_TD"):
             projector[name].normal_()
         with torch.device("meta"):
             layers = LlamaForCausalLM(LlamaConfig.from_pretrained(base)).model.layers

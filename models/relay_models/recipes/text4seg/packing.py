@@ -30,8 +30,8 @@ DISTRACTED_WEIGHT = 1.5  # of a row like the one before it, where the picture sh
 MARK_WEIGHT = 0.5  # of a piece of a word that tells its row
 END_OF_TURN = "<|im_end|>"
 
-Run = tuple[int, int, int]  # first cell, last cell, length: 0 for the separator or line break after a run
-_NO_RUN = (-1, -1, 0)
+Run = tuple[int, int]  # first cell, length; of the separator or line break after a run its last cell, 0
+_NO_RUN = (-1, 0)
 _Told = tuple[int, float, Run]  # token, weight, run
 
 
@@ -43,8 +43,8 @@ class PackedSequence:
     source_A: where the tokens stand that predict the answers' tokens.
     target_A: what they are to predict.
     weight_A: how much that counts.
-    start_A, end_A: the first and the last cell of the run that the token is part of, in reading order; -1 for tokens
-        outside of a descriptor. What separates runs is of the last cell before it.
+    start_A: the first cell of the run that the token is part of, in reading order; -1 for tokens outside of a
+        descriptor. What separates runs is of the last cell before it.
     length_A: cells of that run; 0 for what separates runs and for tokens outside of a descriptor.
     is_asked_AT: the cells of the run's row that show what was asked for.
     topic_A: what was asked for, as `Exchange.topic`.
@@ -56,7 +56,6 @@ class PackedSequence:
     target_A: Tensor  # noqa: N815
     weight_A: Tensor  # noqa: N815
     start_A: Tensor  # noqa: N815
-    end_A: Tensor  # noqa: N815
     length_A: Tensor  # noqa: N815
     is_asked_AT: Tensor  # noqa: N815
     topic_A: Tensor  # noqa: N815
@@ -85,7 +84,7 @@ class Exchange:
         is_told = shows_GG.any(axis=1)
         weights = [
             DISTRACTED_WEIGHT if 0 < weight < 1 and cell >= 0 and is_told[cell // len(shows_GG)] else weight
-            for weight, (cell, _, _) in zip(self.weights, self.runs, strict=True)
+            for weight, (cell, _) in zip(self.weights, self.runs, strict=True)
         ]
         return replace(self, weights=tuple(weights))
 
@@ -166,7 +165,7 @@ class Packer:
         layout = PackedLayout(
             len(prefix), tuple(len(exchange.ids) for exchange in exchanges), unchanged=len(self.text_prefix)
         )
-        start_A, end_A, length_A = torch.tensor(runs).unbind(1)
+        start_A, length_A = torch.tensor(runs).unbind(1)
         return PackedSequence(
             torch.tensor(ids),
             layout,
@@ -174,7 +173,6 @@ class Packer:
             torch.tensor(target),
             torch.tensor(weight),
             start_A,
-            end_A,
             length_A,
             torch.from_numpy(np.stack(asked)),
             torch.tensor(topics),
@@ -222,11 +220,10 @@ def _character_runs(question: Question) -> list[Run]:
         column = 0
         for index, run in groupby(cells_G):
             length = len(list(run))
-            here = (row * grid + column, row * grid + column + length - 1, length)
             lead = " " if row or column else ""
-            runs += [here] * len(f"{lead}{question.labels[index]} *{length}")
+            runs += [(row * grid + column, length)] * len(f"{lead}{question.labels[index]} *{length}")
             column += length
-            runs.append((here[1], here[1], 0))  # the separator or the line break
+            runs.append((row * grid + column - 1, 0))  # the separator or the line break
     return runs + [_NO_RUN] * (len(question.answer) - len(runs))
 
 

@@ -60,8 +60,9 @@ PLACE_SHARE = 0.7
 LENGTH_SHARE = 0.5
 # Where the language model is told to look: heads are (key head, query head of its group).
 GUIDED_LAYERS = (5, 6, 7, 8)
-GUIDED_HEADS = ((0, 0), (1, 0), (2, 0))  # at the first cell of a run, at its last, at what its row shows of the topic
-GUIDED_HEAD_WEIGHTS = (0.2, 0.2, 0.8)
+# At the first cell of the run; at the last and at the first of the next cells in its row that show the topic.
+GUIDED_HEADS = ((0, 0), (1, 0), (2, 0))
+GUIDED_HEAD_WEIGHTS = (0.2, 0.3, 0.8)
 PLACE_LAYER = 4  # by which a token knows its row, its column and what was asked for
 READ_LAYER = 9  # by which it knows what the picture shows there
 MAX_ROUNDS = 3  # of questions about one photo
@@ -177,7 +178,7 @@ class _Trainer:
         self.options, self.model, self.data, self.rank = options, model, data, rank
         self.packer = Packer(tokenizer, model.projector.sizes.grid**2)
         projector = model.projector.eval().requires_grad_(False)
-        of_tokens = [projector.codebook_KD, projector.lengths_GD, projector.place_TD]
+        of_tokens = [projector.codebook_KD, projector.lengths_GD, projector.begins_D, projector.place_TD]
         for parameter in of_tokens:
             parameter.requires_grad_(True)
         self.groups = (list(model.llama.named_halves().values()), of_tokens)
@@ -307,19 +308,21 @@ class _Trainer:
         return loss, figures
 
     def _guide(self, packed: PackedSequence, is_reading: bool) -> Guide:
-        """To the first and the last cell of the run that a token is part of, and to what its row shows of what was
-        asked for, which is looked for at the sequence's first token where the row shows none."""
+        """To the first cell of the run that a token is part of, and to where its row next shows what was asked for, the
+        run itself included: whether it is of that, how far it goes, and from where to where the next one is, all is
+        told there. Where the row shows no more of it, heads look at the sequence's first token."""
         is_run_A = packed.start_A >= 0
         first = len(self.packer.text_prefix)
         num_cells = packed.is_asked_AT.shape[1]
 
         def placed(wanted_MT: Tensor) -> Tensor:
-            return F.pad(wanted_MT, (first, packed.layout.prefix - first - num_cells))
+            wanted_MP = F.pad(wanted_MT, (first, packed.layout.prefix - first - num_cells))
+            wanted_MP[:, 0] = ~wanted_MT.any(1)
+            return wanted_MP
 
-        asked_MP = placed(packed.is_asked_AT[is_run_A])
-        asked_MP[:, 0] = ~asked_MP.any(1)
-        start_M, end_M = packed.start_A[is_run_A], packed.end_A[is_run_A]
-        wanted = (placed(F.one_hot(start_M, num_cells).bool()), placed(F.one_hot(end_M, num_cells).bool()), asked_MP)
+        start_M = packed.start_A[is_run_A]
+        starts_MT, ends_MT = next_stretch(packed.is_asked_AT[is_run_A], start_M)
+        wanted = (placed(F.one_hot(start_M, num_cells).bool()), placed(ends_MT), placed(starts_MT))
         stop = READ_LAYER if is_reading else None
         return Guide(packed.source_A[is_run_A], wanted, GUIDED_LAYERS, GUIDED_HEADS, (PLACE_LAYER, READ_LAYER), stop)
 
@@ -412,6 +415,20 @@ class _Trainer:
         return state["step"], state["elapsed"]
 
 
+def next_stretch(asked_MT: Tensor, start_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the stretches of True in each row, the first that does not end before ``start_M``: [M, T] its first cell, and
+    its last; nothing where there is none."""
+    cell_T = torch.arange(asked_MT.shape[1])
+    is_last_MT = asked_MT & ~F.pad(asked_MT[:, 1:], (0, 1))
+    is_first_MT = asked_MT & ~F.pad(asked_MT[:, :-1], (1, 0))
+    later_MT = is_last_MT & (cell_T >= start_M[:, None])
+    end_M1 = later_MT.int().argmax(1, keepdim=True)
+    earlier_MT = is_first_MT & (cell_T <= end_M1)
+    begin_M1 = torch.where(earlier_MT, cell_T, -1).amax(1, keepdim=True)
+    there_M1 = later_MT.any(1, keepdim=True)
+    return (cell_T == begin_M1) & there_M1, (cell_T == end_M1) & there_M1
+
+
 class _Probe(nn.Module):
     """Reads off hidden states what they should hold; of use while training only."""
 
@@ -464,6 +481,7 @@ def new_model(
         projector.codebook_KD.copy_(F.normalize(names_KD - names_KD.mean(0), dim=1) * typical)
         # A direction a length, a row, a column, so that each can be looked up from the start.
         projector.lengths_GD.copy_(directions(sizes.grid) * LENGTH_SHARE)
+        projector.begins_D.copy_(directions(1)[0] * LENGTH_SHARE)
         row_GD, column_GD = directions(2, sizes.grid) * PLACE_SHARE
         projector.place_TD.copy_((row_GD[:, None] + column_GD[None]).flatten(0, 1))
     llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=options.seed)
