@@ -38,7 +38,7 @@ from relay_models.recipes.text4seg.training import (
     load_trained,
     next_stretch,
 )
-from relay_models.recipes.text4seg.warmup import WarmupOptions, cell_losses, warm_up
+from relay_models.recipes.text4seg.warmup import WarmupOptions, cell_losses, presence_loss, warm_up
 from relay_models.relay_seg.activated_lora import add_lora
 from relay_models.relay_seg.assemble import read_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
@@ -353,6 +353,49 @@ def test_no_class_that_may_lack_masks_is_punished() -> None:
     sure = class_loss(cell_targets(a_photo(), GRID, CLASSES))
     assert unsure == pytest.approx(-float(np.log(1.5)), abs=1e-4)
     assert sure == pytest.approx(40 - float(np.log(3)), abs=1e-3)
+
+
+def test_what_is_there_and_what_is_surely_not() -> None:
+    """People marked everything in the first photo. Of the others only what they say is absent is."""
+    classes = (*CLASSES, "triangle", "star")
+    by_hand = a_photo(unsure=("star",))
+    (square,) = by_hand.instances
+    pseudo = replace(by_hand, instances=(replace(square, is_pseudo=True),))
+    squares_alone = replace(by_hand, labelled_classes=("square",))
+    blank = replace(by_hand, instances=(), absent=("square", "star"))
+    speck = Instance.of(1, "circle", corner())
+    vanished = cell_targets(replace(by_hand, instances=(square, speck)), GRID, classes)
+    for photo, there, absent in (
+        (by_hand, {"square"}, {"circle", "triangle"}),
+        (pseudo, {"square"}, {"circle"}),
+        (squares_alone, {"square"}, {"circle"}),
+        (blank, set(), {"square"}),
+    ):
+        targets = cell_targets(photo, GRID, classes)
+        assert {classes[number - 1] for number in np.flatnonzero(targets.is_there_K)} == there
+        assert {classes[number - 1] for number in np.flatnonzero(targets.is_absent_K)} == absent
+    number = 1 + classes.index("circle")
+    assert not vanished.is_there_K[number]
+    assert not vanished.is_absent_K[number]
+
+
+def corner() -> np.ndarray:
+    """One pixel that is no cell's."""
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[0, 0] = True
+    return mask
+
+
+def test_presence_is_that_of_the_likeliest_cell() -> None:
+    targets = cell_targets(a_photo(), GRID, CLASSES)
+    likely_NTK = torch.full((1, GRID**2, 3), 0.01)
+    likely_NTK[0, :, 0] = 0.98
+    likely_NTK[0, 3] = torch.tensor([0.3, 0.2, 0.5])
+    expected = -np.log(0.5) - np.log(1 - 0.2)  # the square is there, the circle is absent
+    assert float(presence_loss(likely_NTK.log(), [targets])) == pytest.approx(expected, abs=1e-5)
+    unsure = cell_targets(a_photo(unsure=("circle",)), GRID, CLASSES)
+    both = float(presence_loss(likely_NTK.log().expand(2, -1, -1), [targets, unsure]))
+    assert both == pytest.approx(-np.log(0.5) - np.log(1 - 0.2) / 2, abs=1e-5)
 
 
 # ---------------------------------------------------------------- steps

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relay_models.recipes.text4seg.dataset import Photo
-from relay_models.recipes.text4seg.questions import instance_cells
+from relay_models.recipes.text4seg.questions import instance_cells, known_absent
 
 NOT_AN_OBJECT = -1
 
@@ -25,12 +25,16 @@ class CellTargets:
     shape_T4: for cells of single objects, from the cell's centre: to the object's centre, right and down, and the
         object's width and height, all in sides of the picture.
     is_object_T: where `shape_T4` says something.
+    is_there_K: the classes of which a cell is shown.
+    is_absent_K: the classes that are surely nowhere: the photo says so, or people marked everything in it.
     """
 
     class_T: npt.NDArray[np.int64]  # noqa: N815
     unnamed_K: npt.NDArray[np.bool_]  # noqa: N815
     shape_T4: npt.NDArray[np.float32]  # noqa: N815
     is_object_T: npt.NDArray[np.bool_]  # noqa: N815
+    is_there_K: npt.NDArray[np.bool_]  # noqa: N815
+    is_absent_K: npt.NDArray[np.bool_]  # noqa: N815
 
 
 def cell_targets(photo: Photo, grid: int, classes: Sequence[str]) -> CellTargets:
@@ -50,6 +54,7 @@ def cell_targets(photo: Photo, grid: int, classes: Sequence[str]) -> CellTargets
         top, left = rows.min(), columns.min()
         height, width = rows.max() + 1 - top, columns.max() + 1 - left
         shapes[index] = np.array([left + width / 2, top + height / 2, width, height]) / grid
+    absent = _surely_absent(photo, classes)
     centres = (np.arange(grid) + 0.5) / grid
     shape_GG4 = shapes[owner_GG]
     shape_GG4[..., 0] -= centres[None, :]
@@ -59,4 +64,13 @@ def cell_targets(photo: Photo, grid: int, classes: Sequence[str]) -> CellTargets
         np.array([True, *(not photo.is_complete(name) for name in classes)]),
         shape_GG4.reshape(-1, 4),
         (owner_GG != NOT_AN_OBJECT).reshape(-1),
+        np.isin(np.arange(len(classes) + 1), class_GG[class_GG > 0]),
+        np.array([False, *(name in absent for name in classes)]),
     )
+
+
+def _surely_absent(photo: Photo, classes: Sequence[str]) -> set[str]:
+    is_by_hand = bool(photo.instances) and not any(instance.is_pseudo for instance in photo.instances)
+    if not is_by_hand or photo.labelled_classes is not None:
+        return set(known_absent(photo))
+    return {name for name in classes if name not in photo.labels and name not in photo.unsure}

@@ -1,6 +1,6 @@
 """The projector's warm-up: it learns what each cell shows before the language model learns to read it.
 
-    features (cached) → projector → class and shape of the object, cell by cell
+    features (cached) → projector → class and shape of the object, cell by cell; which classes are there at all
 
 It costs little: no language model takes part. Afterwards a cell's token already holds, in the language model's own
 words, what the cell shows. It is trained for a time, not for a number of steps, and goes on from its checkpoint.
@@ -34,6 +34,7 @@ _WARMUP_STEPS = 30
 _RARE_EXPONENT = 0.5  # a class counts as (mean share / its share) to this power, between the two bounds
 _CLASS_WEIGHTS = (0.5, 6.0)
 _FEWEST_CELLS = 50
+_PRESENCE_WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def warm_up(
                 shape_NT4 = model.shape_head(hidden_NTE).float()
             chosen = [targets[number][index] for number, index in drawn]
             loss = cell_losses(logits_NTK, shape_NT4, chosen, weights_K)
+            loss = loss + _PRESENCE_WEIGHT * presence_loss(logits_NTK, chosen)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -140,6 +142,17 @@ def cell_losses(
     distance_NT = (shape_NT4 - truth_NT4).abs().mean(-1)
     shape_loss = (distance_NT * is_object_NT).sum() / is_object_NT.sum().clamp(min=1)
     return class_loss + shape_loss
+
+
+def presence_loss(logits_NTK: Tensor, targets: Sequence[CellTargets]) -> Tensor:
+    """What the cell that shows a class most likely says, against whether the class is there at all: the mean over what
+    is there, and the sum over what is surely absent, a photo. Cells alone teach that rare classes are never likely."""
+    highest_NK = logits_NTK.log_softmax(-1).amax(1)
+    is_there_NK = torch.from_numpy(np.stack([target.is_there_K for target in targets]))
+    is_absent_NK = torch.from_numpy(np.stack([target.is_absent_K for target in targets]))
+    missed = -(highest_NK * is_there_NK).sum() / is_there_NK.sum().clamp(min=1)
+    claimed_NK = -torch.log1p(-highest_NK.exp().clamp(max=1 - 1e-4))
+    return missed + (claimed_NK * is_absent_NK).sum() / len(targets)
 
 
 def class_weights(targets: Sequence[Sequence[CellTargets]], num_classes: int) -> Tensor:
