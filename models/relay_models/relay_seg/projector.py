@@ -8,7 +8,7 @@ learned vectors in the embedding space of the language model:
 
     what it shows     one a class, begun as what tells the class's name from others', and one for whatever has no name
     how far it goes   one a length from 1 to G: for how many cells, itself included, the row shows the same to the right
-    where it begins   one, at a cell whose row shows something else to the left of it, or nothing because it is the first
+    where it begins   one, at a cell whose row shows something else to the left of it, or that is the row's first
     where it is       one a cell
 
 Legend: N pictures, C channels, G cells a side, T = G * G cells in reading order, E the projector's width, K classes
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A class is on the map if some cell shows it at least this likely. So low because what is rare in training, or small, is
-# never likely, and because of no picture is it known which of eighty classes are there.
+# A class is on the map if some cell shows it at least this likely. So low because what is small, or rare in training, is
+# never likely.
 PRESENT_ABOVE = 0.03
 # Less than one half: of a cell at an outline, or of a rare thing, "nothing that has a name" is often the likeliest
 # class although the thing is there.

@@ -81,9 +81,9 @@ class Exchange:
 
     def distracted(self, shows_GG: npt.NDArray[np.bool_]) -> Exchange:
         """With more weight on rows in which the picture shows something, asked for or not: reading goes wrong there."""
-        is_told = shows_GG.any(axis=1)
+        told_rows = set(np.flatnonzero(shows_GG.any(axis=1)))
         weights = [
-            DISTRACTED_WEIGHT if 0 < weight < 1 and cell >= 0 and is_told[cell // len(shows_GG)] else weight
+            DISTRACTED_WEIGHT if 0 < weight < 1 and cell >= 0 and cell // len(shows_GG) in told_rows else weight
             for weight, (cell, _) in zip(self.weights, self.runs, strict=True)
         ]
         return replace(self, weights=tuple(weights))
