@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A class is on the map if some cell shows it at least this likely. So low because what is small, or rare in training, is
-# never likely.
+# A class is on the map if some cell shows it at least this likely. So low because what is small, or rare in training,
+# is never likely.
 PRESENT_ABOVE = 0.03
 # Less than one half: of a cell at an outline, or of a rare thing, "nothing that has a name" is often the likeliest
 # class although the thing is there.
