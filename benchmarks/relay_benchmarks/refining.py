@@ -13,7 +13,8 @@ of several. Coarse masks are
 `--predictions` names a JSON-lines file with a line for each answered question:
     {"file": "images/x.jpg", "ids": [0, 3], "mask": {"size": [H, W], "counts": "..."}}      the instances meant, or
     {"file": "images/x.jpg", "label": "dog", "mask": {"size": [H, W], "counts": "..."}}     all instances of a class
-`file` is the photo's in the truth; `mask` is a COCO RLE of the photo's size. Other fields are ignored.
+`file` is the photo's in the truth; `mask` is a COCO RLE of the photo's size. Other fields are ignored, and so are lines
+with empty `ids`, of questions for what is not there. `vllm-relay eval text4seg --output FOLDER` writes such a file.
 
 gIoU is the mean IoU over questions, cIoU the sum of intersections over the sum of unions. The gain's interval is a
 paired bootstrap over photos: 95 %, percentiles.
@@ -220,6 +221,8 @@ def _meant(answer: Mapping[str, Any], photo: Photo) -> tuple[tuple[int, ...], Un
             raise ValueError(f"{photo.file} has no such instances: {ids}")
         return tuple(ids), why_unscored(photo, ids)
     label = answer.get("label")
+    if ids == [] and label not in photo.labels:  # asked for in vain
+        return (), None
     if not isinstance(label, str):
         raise TypeError(f"ids or label must say what is meant, got {ids!r} and {label!r}")
     if not photo.is_complete(label):

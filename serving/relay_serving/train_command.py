@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,15 +185,15 @@ def run_eval(words: Sequence[str]) -> int:
     try:
         photos = _chosen(load_photos(args.data, args.images), args)
         if args.url is not None:
-            report = evaluate_server(photos, args.url, args)
+            report, masks = evaluate_server(photos, args.url, args)
         else:
             with _server_of(args.model, args.serve_flags) as url:
-                report = evaluate_server(photos, url, args)
+                report, masks = evaluate_server(photos, url, args)
     except RelayModelsError as error:
         raise UsageError(str(error)) from error
     sys.stdout.write(report.to_markdown())
     if args.output is not None:
-        _write_report(report, args.output)
+        _write_report(report, masks, args.output)
     return 0
 
 
@@ -226,8 +226,10 @@ def _chosen(photos: list[Photo], args: argparse.Namespace) -> list[Photo]:
     return photos[: args.limit]
 
 
-def evaluate_server(photos: Sequence[Photo], url: str, args: argparse.Namespace) -> EvaluationReport:
-    """Ask a server about all photos, with a bar on stderr.
+def evaluate_server(
+    photos: Sequence[Photo], url: str, args: argparse.Namespace
+) -> tuple[EvaluationReport, list[dict[str, Any]]]:
+    """Ask a server about all photos, with a bar on stderr: the report, and a line of masks.jsonl for each answer.
 
     Raises:
         RelayServingError: it does not answer, or refuses. RelayModelsError: its answers do not fit, or a photo is no
@@ -241,14 +243,21 @@ def evaluate_server(photos: Sequence[Photo], url: str, args: argparse.Namespace)
         grid=args.grid, kinds=tuple(args.kinds or QUERY_KINDS), seed=args.seed, min_photos=args.min_photos
     )
     server = Server(url, api_key=args.api_key, grammar=args.grammar, refiner=args.refiner)
+    masks: dict[str, list[dict[str, Any]]] = {}
+
+    def answer(photo: Photo, queries: Sequence[Query]) -> list[Reply]:
+        replies = server.answer(photo, queries)
+        masks[photo.file] = [_answered(photo, *pair) for pair in zip(queries, replies, strict=True)]
+        return replies
+
     with (
         contextlib.ExitStack() as last,
         tqdm(total=len(photos), unit="photo", desc="Evaluating", file=sys.stderr, disable=None) as bar,
     ):
         last.callback(server.give_up)
-        return evaluate(
+        report = evaluate(
             photos,
-            server.answer,
+            answer,
             settings=settings,
             answer_classes=server.answer_classes if args.multi_class else None,
             model=server.model,
@@ -257,6 +266,14 @@ def evaluate_server(photos: Sequence[Photo], url: str, args: argparse.Namespace)
             progress=lambda done, of: bar.update(1),
             concurrency=args.concurrency,
         )
+    return report, [line for photo in photos for line in masks.get(photo.file, ())]
+
+
+def _answered(photo: Photo, query: Query, reply: Reply) -> dict[str, Any]:
+    from relay_models.masks import coco_rle
+
+    asked = {"file": photo.file, "text": query.text, "kind": query.kind, "label": query.label, "ids": list(query.ids)}
+    return {**asked, "status": reply.status, "mask": coco_rle(reply.mask_HW)}
 
 
 class Server:
@@ -425,11 +442,13 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
     raise EngineStartError(f"the server was not ready after {START_LIMIT_SECONDS} s")
 
 
-def _write_report(report: EvaluationReport, folder: Path) -> None:
+def _write_report(report: EvaluationReport, masks: Sequence[Mapping[str, Any]], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
         (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+        lines = "".join(json.dumps(line) + "\n" for line in masks)
+        (folder / "masks.jsonl").write_text(lines, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--output is {str(folder)!r}, which cannot be written: {error.strerror or error}") from error
 
@@ -458,7 +477,7 @@ def _eval_parser() -> argparse.ArgumentParser:
     add("--withheld", nargs="+", metavar="CLASS", help="only the photos of these classes that training kept back")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     add("--name", help="of the data, for the report (default: DATA's)")
-    add("--output", type=Path, help="folder to write report.json and report.md to")
+    add("--output", type=Path, help="folder for report.json, report.md and masks.jsonl, which bench refining reads")
     return parser
 
 

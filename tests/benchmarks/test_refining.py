@@ -140,6 +140,11 @@ def test_a_prediction_far_from_the_truth_is_left_alone(tmp_path: Path) -> None:
     assert areas(measured(tmp_path, [photo()], answers)) == [1]
 
 
+def test_what_was_asked_for_in_vain_is_left_alone(tmp_path: Path) -> None:
+    in_vain = {"file": "a.png", "ids": [], "label": "kite", "kind": "absent", "mask": mask(1)}
+    assert areas(measured(tmp_path, [photo()], [in_vain, {"file": "a.png", "ids": [2], "mask": mask(2)}])) == [1]
+
+
 def test_encoding_is_timed_over_the_pictures_that_were_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count()
     monkeypatch.setattr(refining.time, "perf_counter", lambda: float(next(ticks)))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from relay_models.masks import coco_rle
+from relay_models.masks import coco_rle, from_coco_rle
 from relay_models.recipes.text4seg.dataset import Photo, load_png_masks
 from relay_serving import train_command
 from relay_serving.errors import EngineStartError, RelayServingError, UsageError
@@ -173,6 +173,15 @@ def test_a_truthful_server_scores_one(data, truth, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "out" / "report.md").read_text()
     assert "truth on set, grammar: on, refiner: none. 2 photos, 6 questions" in printed
+    masks = [json.loads(line) for line in (tmp_path / "out" / "masks.jsonl").read_text().splitlines()]
+    photos = {photo.file: photo for photo in load_png_masks(data)}
+    assert [(line["file"], line["text"], line["kind"]) for line in masks] == [
+        (file, text, "class" if text in photos[file].labels else "absent")
+        for file in sorted(photos)
+        for text in ("cat", "wine glass", "kite")
+    ]
+    for line in masks:
+        assert np.array_equal(from_coco_rle(line["mask"]), photos[line["file"]].union(line["ids"]))
     asked = [request.expressions or request.classes for request in server.requests]
     assert asked == [["cat", "wine glass", "kite"]] * 4
     assert sorted(bool(request.classes) for request in server.requests) == [False, False, True, True]
