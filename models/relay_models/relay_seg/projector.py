@@ -26,9 +26,8 @@ from torch import Tensor, nn
 # A class is on the map if some cell shows it at least this likely. So low because what is small, or rare in training,
 # is never likely.
 PRESENT_ABOVE = 0.03
-# Less than one half: of a cell at an outline, or of a rare thing, "nothing that has a name" is often the likeliest
-# class although the thing is there.
-NAMED_ABOVE = 0.2
+# Of a cell at an outline, or of a rare thing, "nothing that has a name" is often far likelier although it is there.
+NAMED_ABOVE = 0.1
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,15 @@ def decide(class_logits_NTK: Tensor) -> Tensor:
     """[N, T] the class of each cell, 0 for whatever has no name.
 
     A class that is likelier than `PRESENT_ABOVE` anywhere is there. Of those classes a cell may show each that is
-    likelier than `NAMED_ABOVE` in it, or nowhere likelier than in it; and it shows that which comes nearest to its own
-    highest likelihood. So a tie is not lost on the person who wears it, nor a cup on a table.
+    likelier than `NAMED_ABOVE` in it, or nowhere likelier than in it; and it shows that of which it has the largest
+    share. So what is small is in front, as where masks meet: a tie is not lost on the person who wears it.
     """
     likely_NTK = class_logits_NTK.float().softmax(-1)[..., 1:]
     highest_N1K = likely_NTK.amax(1, keepdim=True)
     may_show_NTK = (likely_NTK > NAMED_ABOVE) | (likely_NTK == highest_N1K)
     may_show_NTK &= highest_N1K > PRESENT_ABOVE
-    shown = torch.where(may_show_NTK, likely_NTK / highest_N1K, 0.0).max(-1)
+    share_NTK = likely_NTK / likely_NTK.sum(1, keepdim=True)
+    shown = torch.where(may_show_NTK, share_NTK, 0.0).max(-1)
     return torch.where(shown.values > 0, shown.indices + 1, 0)
 
 

@@ -45,12 +45,12 @@ def test_tokens_of_a_picture_are_those_of_the_classes_it_shows() -> None:
     ("likely", "expected"),
     [
         # likely enough, likelier than another, and not
-        ([(0.3, 0.6, 0.1), (0.3, 0.3, 0.4), (0.9, 0.09, 0.01)], [1, 2, 0]),
+        ([(0.3, 0.61, 0.09), (0.3, 0.3, 0.4), (0.9, 0.09, 0.01)], [1, 2, 0]),
         # nowhere likely, but there: where it is likeliest
         ([(0.95, 0.04, 0.01), (0.96, 0.035, 0.005), (0.99, 0.0, 0.01)], [1, 0, 0]),
         # not there
         ([(0.98, 0.01, 0.01), (0.99, 0.005, 0.005), (0.99, 0.0, 0.01)], [0, 0, 0]),
-        # on top of something far likelier, where it is nearer to its highest
+        # on top of something far likelier, of which this is a smaller share
         ([(0.01, 0.98, 0.01), (0.1, 0.7, 0.2), (0.04, 0.95, 0.01)], [1, 2, 1]),
     ],
 )
