@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from relay_models.recipes.text4seg.cells import cell_targets
 from relay_models.recipes.text4seg.features import Variant
@@ -27,7 +26,6 @@ Map = npt.NDArray[np.int64]
 EMPTY, TRUE = 0.06, 0.38  # of maps, how many begin with nothing, and as masks say; the others as the projector sees it
 DRAWN_ON, SPECKLED = 0.65, 0.2  # how many get shapes, and single cells, of other classes
 MOST_SHAPES, MOST_SPECKLES = 5, 6
-ALIKE, MOST_ALIKE = 0.3, 4  # of absent classes asked for, how many are like a present one, and to how many it is so
 LARGEST = 11  # cells that a shape is wide or high
 
 
@@ -46,14 +44,12 @@ class MapDrawer:
     weights: npt.NDArray[np.float64]
     classes: Sequence[str]
     common: npt.NDArray[np.int64] = field(init=False)
-    alike: npt.NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
         counts = Counter(instance.label for photo in self.variants[0].photos for instance in photo.instances)
         often = [int(counts[name] ** 0.5) for name in self.classes]
         common = np.repeat(np.arange(1, len(often) + 1), often)
         object.__setattr__(self, "common", common if len(common) else np.arange(1, len(often) + 1))
-        object.__setattr__(self, "alike", _alike(self.projector.codebook_KD.detach()))
 
     def draw(self, rng: np.random.Generator) -> Map:
         """[G, G] one map."""
@@ -77,14 +73,6 @@ class MapDrawer:
     def some_class(self, rng: np.random.Generator) -> int:
         """Mostly one that photos show often."""
         return int(rng.choice(self.common)) if rng.random() < 0.6 else int(rng.integers(1, len(self.classes) + 1))
-
-    def absent_class(self, map_GG: Map, rng: np.random.Generator) -> int:
-        """One to ask for in vain: now and then one whose token is like that of a class on the map, else any. It may be
-        on the map after all."""
-        present = np.unique(map_GG[map_GG > 0])
-        if len(present) and self.alike.shape[1] and rng.random() < ALIKE:
-            return int(rng.choice(self.alike[rng.choice(present) - 1]))
-        return self.some_class(rng)
 
     def _begun(self, rng: np.random.Generator) -> Map:
         kind = rng.random()
@@ -113,13 +101,6 @@ class MapDrawer:
             else:
                 drawn_GG[inside] = self.some_class(rng)
         return drawn_GG
-
-
-def _alike(codebook_KD: torch.Tensor) -> npt.NDArray[np.int64]:
-    """[K - 1, M] for each class the numbers of those whose tokens are most like its own."""
-    directions_CD = F.normalize(codebook_KD[1:].float(), dim=1)
-    likeness_CC = (directions_CD @ directions_CD.T).fill_diagonal_(-2)
-    return likeness_CC.topk(min(MOST_ALIKE, len(likeness_CC) - 1)).indices.numpy() + 1
 
 
 def _with_speckles(map_GG: Map, rng: np.random.Generator) -> Map:

@@ -26,7 +26,7 @@ from relay_models.text4seg.row_marks import mark_tokens
 PREAMBLE_WEIGHT = 0.1  # of a token of the preamble, which the question settles
 KNOWN_WEIGHT = 0.3  # of what a row shares with the row before it, from its start: copying says it
 CHANGE_WEIGHT = 3.0  # of the place where it first differs: only the picture says it
-DISTRACTED_WEIGHT = 1.5  # of a row like the one before it, where the picture shows something that was not asked for
+DISTRACTED_WEIGHT = 1.2  # of a row like the one before it, where the picture shows something that was not asked for
 MARK_WEIGHT = 0.5  # of a piece of a word that tells its row
 END_OF_TURN = "<|im_end|>"
 
