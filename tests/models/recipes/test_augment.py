@@ -541,6 +541,8 @@ def test_what_is_said_of_changed_real_photos_is_true():
         ("couch", "couches"),
         ("sheep", "sheep"),
         ("dining table", "dining tables"),
+        ("cherry", "cherries"),
+        ("toy", "toys"),
     ],
 )
 def test_all_of_a_class_in_english(label: str, expected: str) -> None:

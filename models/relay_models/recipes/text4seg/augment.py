@@ -403,12 +403,14 @@ def _names(label: str) -> tuple[str, ...]:
 
 
 def plural(label: str) -> str:
-    """All of a class in English: "people", "wine glasses", "knives"."""
+    """All of a class in English: "people", "wine glasses", "knives", "cherries"."""
     *first, last = label.split()
     if last in _IRREGULAR_PLURALS:
         form = _IRREGULAR_PLURALS[last]
     elif last.endswith("fe"):
         form = f"{last.removesuffix('fe')}ves"
+    elif last.endswith("y") and last[-2:-1] not in tuple("aeiou"):
+        form = f"{last.removesuffix('y')}ies"
     else:
         form = f"{last}es" if last.endswith(("s", "x", "z", "ch", "sh")) else f"{last}s"
     return " ".join([*first, form])

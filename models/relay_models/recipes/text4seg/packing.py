@@ -79,11 +79,12 @@ class Exchange:
     is_asked_GG: npt.NDArray[np.bool_]  # noqa: N815
     topic: int
 
-    def distracted(self, shows_GG: npt.NDArray[np.bool_]) -> Exchange:
-        """With more weight on rows in which the picture shows something, asked for or not: reading goes wrong there."""
-        told_rows = set(np.flatnonzero(shows_GG.any(axis=1)))
+    def distracted(self, other_GG: npt.NDArray[np.bool_]) -> Exchange:
+        """With more weight on rows where the picture shows something else than what was asked for: reading goes wrong
+        there, and such a row is often like the one before it, which alone would count little."""
+        rows = set(np.flatnonzero(other_GG.any(axis=1)))
         weights = [
-            DISTRACTED_WEIGHT if 0 < weight < 1 and cell >= 0 and cell // len(shows_GG) in told_rows else weight
+            DISTRACTED_WEIGHT if 0 < weight < 1 and cell >= 0 and cell // len(other_GG) in rows else weight
             for weight, (cell, _) in zip(self.weights, self.runs, strict=True)
         ]
         return replace(self, weights=tuple(weights))

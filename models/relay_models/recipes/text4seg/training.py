@@ -83,8 +83,8 @@ class TrainingOptions:
         rank, alpha: of the LoRA.
         lora_rate, projector_rate: learning rates at their highest, of the LoRA and of what tokens are made of.
         tokens: of the questions and answers of one sequence, at most.
-        whole_answers: of answers, how many are read to their end; the others end below the last row that shows
-            something.
+        whole_answers: of answers, how many are read to their end; the others end below the last row in which
+            the map shows anything.
         guide_weight: of the losses that tell layers where in the picture a token is, beside the answers'.
         full_vocabulary_share: of predicted tokens, how many compete with the whole vocabulary; the others with
             the common tokens and those of the answers.
