@@ -1,6 +1,6 @@
 """Photographs the page of a running server in Chromium: a photo that was asked about, and a chat beside it.
 
-    python docs/pictures/playground.py http://127.0.0.1:8000 docs/pictures/playground.png chelsea.png cat "Why is it dark?"
+    python docs/pictures/playground.py http://127.0.0.1:8000 docs/pictures/playground.png chelsea.png cat "Hello"
 
 Needs Playwright and a Chromium (`chromium-headless-shell` or `chromium`). The photo is one that `masks.py` names.
 """
