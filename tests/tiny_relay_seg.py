@@ -69,7 +69,7 @@ def _spread(model: torch.nn.Module) -> None:
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith(("running_mean", "bias")):
                 weight.normal_(std=0.1)
-            elif name.endswith(("embed_tokens.weight", "codebook_KD", "place_TD")):
+            elif name.endswith(("embed_tokens.weight", "_KD", "_GD", "_D")):
                 weight.normal_(std=0.5)
             elif weight.dim() >= 2:
                 weight.normal_(std=(2 / weight[0].numel()) ** 0.5)

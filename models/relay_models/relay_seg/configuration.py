@@ -15,7 +15,7 @@ class RelaySegConfig(PreTrainedConfig):
     Attributes:
         text_config: of the language model, a LlamaConfig.
         image_side: pixels a side a picture is squashed to.
-        grid: cells a side; a picture is ``grid ** 2`` tokens, in reading order.
+        grid: cells a side; a picture is ``grid ** 2`` tokens.
         image_token_id: the token that stands for each of them.
         lora_rank, lora_alpha: of the change to the language model, see `activated_lora`; a rank of 0 for none.
         projector_width, projector_layers, projector_heads, projector_classes: see `ProjectorSizes`.

@@ -1,18 +1,26 @@
-"""From a picture's features to the 256 tokens the language model reads: what each cell shows, and where it is.
+"""From a picture's features to the 256 tokens the language model reads: what each row shows of each class.
 
-    features → transformer → which class each cell shows → tokens
+    features → transformer → which class each cell shows → runs of cells → tokens
 
 The tokens are made from that map of classes and from nothing else, so that a language model can learn to read maps, of
-which there are as many as one likes, instead of pictures, of which there are few. A cell's token is the sum of
-learned vectors in the embedding space of the language model:
+which there are as many as one likes, instead of pictures, of which there are few. A row is told once for each class it
+shows, as the answer to a question for that class alone would tell it in R-RLE (arXiv 2410.09855): in runs of cells that
+show the class, and of cells that do not, which are its gaps. A run's token is the sum of learned vectors in the
+embedding space of the language model:
 
-    what it shows     one a class, begun as what tells the class's name from others', and one for whatever has no name
-    how far it goes   one a length from 1 to G: for how many cells, itself included, the row shows the same to the right
-    where it begins   one, at a cell whose row shows something else to the left of it, or that is the row's first
-    where it is       one a cell
+    its class         one a class, begun as what tells the class's name from others'
+    its row           one a row
+    its first column  one a column
+    its length        one a length from 1 to G
+    its order         one a number: how many runs of that class, gaps among them, the row has before it
+    that it is a gap  one, where it is
 
-Legend: N pictures, C channels, G cells a side, T = G * G cells in reading order, E the projector's width, K classes
-and one, D the language model's width.
+Before these stand G tokens that tell of each row what holds for a class that it does not show: one gap from end to end,
+of the class that has no name. Where there are fewer runs than tokens, one vector fills the places that are left; where
+there are more, those of the classes that show least are missing.
+
+Legend: N pictures, C channels, G cells a side, T = G * G cells in reading order and as many tokens, E the projector's
+width, K classes and one, D the language model's width.
 """
 
 from __future__ import annotations
@@ -80,9 +88,12 @@ class Projector(nn.Module):
         self.leave_norm = nn.LayerNorm(sizes.width)
         self.classify = nn.Linear(sizes.width, sizes.num_classes + 1)  # class 0: whatever has no name
         self.codebook_KD = nn.Parameter(torch.zeros(sizes.num_classes + 1, sizes.out_width))
+        self.rows_GD = nn.Parameter(torch.zeros(sizes.grid, sizes.out_width))
+        self.columns_GD = nn.Parameter(torch.zeros(sizes.grid, sizes.out_width))
         self.lengths_GD = nn.Parameter(torch.zeros(sizes.grid, sizes.out_width))  # lengths 1 to G
-        self.begins_D = nn.Parameter(torch.zeros(sizes.out_width))
-        self.place_TD = nn.Parameter(torch.zeros(num_cells, sizes.out_width))
+        self.orders_GD = nn.Parameter(torch.zeros(sizes.grid, sizes.out_width))
+        self.gap_D = nn.Parameter(torch.zeros(sizes.out_width))
+        self.unused_D = nn.Parameter(torch.zeros(sizes.out_width))
 
     def forward(self, features_NCGG: Tensor) -> Tensor:
         return self.tokens(decide(self.classify(self.hidden(features_NCGG))))
@@ -95,12 +106,18 @@ class Projector(nn.Module):
             x_NTE = layer(x_NTE)
         return self.leave_norm(x_NTE)
 
+    def of_tokens(self) -> list[nn.Parameter]:
+        """What tokens are made of, once it is known what a picture shows."""
+        of_runs = [self.rows_GD, self.columns_GD, self.lengths_GD, self.orders_GD, self.gap_D]
+        return [self.codebook_KD, *of_runs, self.unused_D]
+
     def tokens(self, class_NT: Tensor) -> Tensor:
         """The tokens [N, T, D] of maps of classes, whole numbers from 0 (no name) to K - 1."""
-        lengths_NT = run_lengths(class_NT, self.sizes.grid)
-        begins_NT1 = run_begins(class_NT, self.sizes.grid)[..., None]
-        begins_NTD = torch.where(begins_NT1, self.begins_D, 0.0)
-        return self.codebook_KD[class_NT] + self.lengths_GD[lengths_NT - 1] + begins_NTD + self.place_TD
+        runs = row_runs(class_NT, self.sizes.grid)
+        tokens_NTD = self.codebook_KD[runs.class_NT] + self.rows_GD[runs.row_NT] + self.columns_GD[runs.column_NT]
+        tokens_NTD = tokens_NTD + self.lengths_GD[runs.length_NT - 1] + self.orders_GD[runs.order_NT]
+        tokens_NTD = tokens_NTD + torch.where(runs.is_gap_NT[..., None], self.gap_D, 0.0)
+        return torch.where(runs.is_used_NT[..., None], tokens_NTD, self.unused_D)
 
 
 def decide(class_logits_NTK: Tensor) -> Tensor:
@@ -119,19 +136,76 @@ def decide(class_logits_NTK: Tensor) -> Tensor:
     return torch.where(shown.values > 0, shown.indices + 1, 0)
 
 
-def run_lengths(class_NT: Tensor, grid: int) -> Tensor:
-    """[N, T] for how many cells, itself included, the row goes on as at this cell."""
-    class_NGG = class_NT.unflatten(-1, (grid, grid))
-    lengths_NGG = torch.ones_like(class_NGG)
-    for column in range(grid - 2, -1, -1):
-        goes_on = class_NGG[..., column] == class_NGG[..., column + 1]
-        lengths_NGG[..., column] = torch.where(goes_on, lengths_NGG[..., column + 1] + 1, 1)
-    return lengths_NGG.flatten(-2)
+@dataclass(frozen=True)
+class Runs:
+    """What each token of pictures tells, each [N, T]; where ``is_used_NT`` is False, it tells nothing."""
+
+    class_NT: Tensor  # noqa: N815
+    row_NT: Tensor  # noqa: N815
+    column_NT: Tensor  # noqa: N815
+    length_NT: Tensor  # noqa: N815
+    order_NT: Tensor  # noqa: N815
+    is_gap_NT: Tensor  # noqa: N815
+    is_used_NT: Tensor  # noqa: N815
 
 
-def run_begins(class_NT: Tensor, grid: int) -> Tensor:
-    """[N, T] whether the row shows something else at the cell to the left, or there is none."""
+def row_runs(class_NT: Tensor, grid: int) -> Runs:
+    """The runs of maps of classes: G gaps from end to end, one a row; then of each class, that with the most cells
+    first, its runs and gaps in reading order, as many as there are places."""
     class_NGG = class_NT.unflatten(-1, (grid, grid))
+    N = len(class_NGG)
+    column_G = torch.arange(grid, device=class_NT.device)
+    length_NGG = _run_lengths(class_NGG)
     begins_NGG = torch.ones_like(class_NGG, dtype=torch.bool)
     begins_NGG[..., 1:] = class_NGG[..., 1:] != class_NGG[..., :-1]
-    return begins_NGG.flatten(-2)
+    begins_NGG &= class_NGG > 0
+    # [..., x, y]: whether at column y begins another run of the class of column x
+    other_NGGG = begins_NGG[..., None, :] & (class_NGG[..., None] == class_NGG[..., None, :])
+    earlier_NGGG = other_NGGG & (column_G < column_G[:, None])
+    ends_NGG = (column_G + length_NGG) * begins_NGG
+    last_end_NGG = torch.where(earlier_NGGG, ends_NGG[..., None, :], 0).amax(-1)
+    num_earlier_NGG = earlier_NGGG.sum(-1)
+    first_NGG = torch.where(other_NGGG, column_G, grid).amin(-1)
+    order_NGG = 2 * num_earlier_NGG + (first_NGG > 0)
+    is_last_NGG = ~(other_NGGG & (column_G > column_G[:, None])).any(-1)
+    end_NGG = column_G + length_NGG
+    before_NGG, after_NGG = column_G - last_end_NGG, grid - end_NGG
+    # [..., 3]: the gap before a run, the run, the gap after the row's last
+    column = torch.stack((last_end_NGG, column_G.expand_as(class_NGG), end_NGG), -1).flatten(1)
+    length = torch.stack((before_NGG, length_NGG, after_NGG), -1).flatten(1)
+    order = torch.stack((order_NGG - 1, order_NGG, order_NGG + 1), -1).flatten(1)
+    is_used = torch.stack((begins_NGG & (before_NGG > 0), begins_NGG, begins_NGG & is_last_NGG & (after_NGG > 0)), -1)
+    is_used = is_used.flatten(1)
+    number = class_NGG[..., None].expand(-1, -1, -1, 3).flatten(1)
+    place = torch.arange(column.shape[1], device=class_NT.device)
+    size = (class_NT[:, :, None] == class_NT[:, None]).sum(-1)[..., None].expand(-1, -1, 3).flatten(1)
+    key = ((grid**2 - size) * (1 << 10) + number) * len(place) + place
+    key = torch.where(is_used, key, torch.iinfo(torch.long).max)
+    chosen = key.argsort(-1)[:, : grid**2 - grid]
+    row = place // (3 * grid)
+    row_NG = column_G.expand(N, -1)
+    zero_NG, one_NG = torch.zeros_like(row_NG), torch.ones_like(row_NG)
+
+    def told(of_rows_NG: Tensor, of_runs: Tensor) -> Tensor:
+        return torch.cat((of_rows_NG, of_runs.expand(N, -1).gather(1, chosen)), 1)
+
+    is_used_NT = told(one_NG.bool(), is_used)
+    is_gap = (place % 3 != 1).expand(N, -1)
+    return Runs(
+        class_NT=told(zero_NG, number),
+        row_NT=told(row_NG, row),
+        column_NT=told(zero_NG, column.clamp(max=grid - 1)),
+        length_NT=told(grid * one_NG, length.clamp(min=1)),
+        order_NT=told(zero_NG, order.clamp(0, grid - 1)),
+        is_gap_NT=told(one_NG.bool(), is_gap),
+        is_used_NT=is_used_NT,
+    )
+
+
+def _run_lengths(class_NGG: Tensor) -> Tensor:
+    """[N, G, G] for how many cells, itself included, the row goes on as at this cell."""
+    length_NGG = torch.ones_like(class_NGG)
+    for column in range(class_NGG.shape[-1] - 2, -1, -1):
+        goes_on = class_NGG[..., column] == class_NGG[..., column + 1]
+        length_NGG[..., column] = torch.where(goes_on, length_NGG[..., column + 1] + 1, 1)
+    return length_NGG

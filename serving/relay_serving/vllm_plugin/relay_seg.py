@@ -89,7 +89,7 @@ class RelaySegDummyInputs(BaseDummyInputsBuilder[RelaySegProcessingInfo]):  # ty
 
 
 class RelaySegProcessor(BaseMultiModalProcessor[RelaySegProcessingInfo]):  # type: ignore[misc]
-    """Pictures to pixel values, one placeholder to one token for each cell."""
+    """Pictures to pixel values, one placeholder to as many tokens as the grid has cells."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         """Raises VLLMValidationError for options: there is one way to see a picture, the one of training."""

@@ -36,13 +36,12 @@ from relay_models.recipes.text4seg.training import (
     _Trainer,
     export,
     load_trained,
-    next_stretch,
 )
 from relay_models.recipes.text4seg.warmup import WarmupOptions, cell_losses, presence_loss, warm_up
 from relay_models.relay_seg.activated_lora import add_lora
 from relay_models.relay_seg.assemble import read_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
-from relay_models.relay_seg.projector import Projector, ProjectorSizes
+from relay_models.relay_seg.projector import Projector, ProjectorSizes, row_runs
 from relay_models.text4seg.families.relay_seg import CONVERSATION, IMAGE_TOKEN
 from relay_models.text4seg.row_marks import ROW_MARKS
 
@@ -213,25 +212,6 @@ def the_question(photo: Photo, kind: str = "class") -> Question:
     return next(item for item in questions_of(photo, GRID, np.random.default_rng(0), mix) if item.kind == kind)
 
 
-def test_the_next_stretch_against_walking_there() -> None:
-    asked_MT = torch.from_numpy(np.random.default_rng(0).random((200, 12)) < 0.4)
-    start_M = torch.arange(200) % 12
-    begins_MT, ends_MT = next_stretch(asked_MT, start_M)
-    for asked, start, begins, ends in zip(asked_MT.tolist(), start_M.tolist(), begins_MT, ends_MT, strict=True):
-        end = next((cell for cell in range(start, 12) if asked[cell]), None)
-        if end is None:
-            assert not begins.any()
-            assert not ends.any()
-            continue
-        begin = end
-        while begin > 0 and asked[begin - 1]:
-            begin -= 1
-        while end < 11 and asked[end + 1]:
-            end += 1
-        assert begins.nonzero().flatten().tolist() == [begin]
-        assert ends.nonzero().flatten().tolist() == [end]
-
-
 def test_the_tokens_are_those_of_the_servers_prompt_and_the_answer(tokenizer) -> None:
     packer = Packer(tokenizer, GRID**2)
     question = the_question(a_photo())
@@ -259,21 +239,21 @@ def test_a_token_knows_its_run_and_counts_as_much_as_the_picture_is_needed_for_i
     assert exchange.is_asked_GG.tolist() == (question.cells_GG == 1).tolist()
     start = next(place for place, (token, _, _) in enumerate(told) if token == "others")
     assert told[start : start + 12] == [
-        ("others", KNOWN_WEIGHT, (0, 4)),
-        (" *", KNOWN_WEIGHT, (0, 4)),
-        ("4", KNOWN_WEIGHT, (0, 4)),
-        ("\n", KNOWN_WEIGHT, (3, 0)),
-        (" others", MARK_WEIGHT, (4, 2)),
-        (" *", KNOWN_WEIGHT, (4, 2)),
-        ("2", CHANGE_WEIGHT, (4, 2)),
-        ("|", 1.0, (5, 0)),
-        (" square", 1.0, (6, 2)),
-        (" *", 1.0, (6, 2)),
-        ("2", 1.0, (6, 2)),
-        ("\n", 1.0, (7, 0)),
+        ("others", KNOWN_WEIGHT, (0, 4, 0)),
+        (" *", KNOWN_WEIGHT, (0, 4, 0)),
+        ("4", KNOWN_WEIGHT, (0, 4, 0)),
+        ("\n", KNOWN_WEIGHT, (3, 0, 0)),
+        (" others", MARK_WEIGHT, (4, 2, 0)),
+        (" *", KNOWN_WEIGHT, (4, 2, 0)),
+        ("2", CHANGE_WEIGHT, (4, 2, 0)),
+        ("|", 1.0, (5, 0, 0)),
+        (" square", 1.0, (6, 2, 1)),
+        (" *", 1.0, (6, 2, 1)),
+        ("2", 1.0, (6, 2, 1)),
+        ("\n", 1.0, (7, 0, 1)),
     ]
     # The third row is the second again, and says that it is the third.
-    assert told[start + 12 : start + 14] == [(" ", MARK_WEIGHT, (8, 2)), ("others", MARK_WEIGHT, (8, 2))]
+    assert told[start + 12 : start + 14] == [(" ", MARK_WEIGHT, (8, 2, 0)), ("others", MARK_WEIGHT, (8, 2, 0))]
     assert {weight for _, weight, _ in told[start + 14 : start + 21]} == {KNOWN_WEIGHT}
     assert {weight for _, weight, _ in told[:start]} == {0.0, PREAMBLE_WEIGHT, 1.0}
     cut = packer.cut_after_row(exchange, 1)
@@ -289,7 +269,7 @@ def test_rows_that_show_something_else_count_more(tokenizer) -> None:
     shows_GG[0, 1] = shows_GG[1, 0] = True
     changed = exchange.distracted(shows_GG)
     assert (changed.ids, changed.runs) == (exchange.ids, exchange.runs)
-    for before, after, (cell, _) in zip(exchange.weights, changed.weights, exchange.runs, strict=True):
+    for before, after, (cell, *_) in zip(exchange.weights, changed.weights, exchange.runs, strict=True):
         is_told = 0 <= cell < 2 * GRID
         assert after == (DISTRACTED_WEIGHT if is_told and 0 < before < 1 else before)
     assert changed.weights.count(DISTRACTED_WEIGHT) == 4 + 2  # `others *4` and its end; ` others *`
@@ -320,9 +300,15 @@ def test_what_nobody_knows_does_not_count(tokenizer) -> None:
     silent = [
         (tokenizer.decode([token]), run)
         for token, weight, run in zip(exchange.ids, exchange.weights, exchange.runs, strict=True)
-        if weight == 0 and run != (-1, 0)
+        if weight == 0 and run[0] >= 0
     ]
-    assert silent == [(" *", (4, 2)), ("2", (4, 2)), (" square", (6, 2)), (" *", (6, 2)), ("2", (6, 2))]
+    assert silent == [
+        (" *", (4, 2, 0)),
+        ("2", (4, 2, 0)),
+        (" square", (6, 2, 1)),
+        (" *", (6, 2, 1)),
+        ("2", (6, 2, 1)),
+    ]
 
 
 # ---------------------------------------------------------------- targets of the projector
@@ -458,35 +444,49 @@ def test_answers_are_cut_below_what_the_map_shows(tokenizer) -> None:
     assert num_rows(2) == {4}
 
 
-def test_heads_are_guided_to_what_comes_next(tokenizer) -> None:
-    """In rows `others *2| square *2`: to where the run begins, where the next square ends, and where it begins."""
+def test_an_answer_counts_more_where_the_map_shows_something_else(tokenizer) -> None:
+    made = trainer(tokenizer, replace(OPTIONS, whole_answers=1.0))
+    question = the_question(a_photo())
+    map_GG = np.where(question.cells_GG > 0, 2, 0)
+    map_GG[0, 3] = 1
+    exchange = made._exchange(question, map_GG, np.random.default_rng(0))
+    heavy = {cell // GRID for weight, (cell, *_) in zip(exchange.weights, exchange.runs, strict=True)
+             if weight == DISTRACTED_WEIGHT}  # fmt: skip
+    assert heavy == {0}
+
+
+def test_heads_are_guided_to_what_tells_of_the_run(tokenizer) -> None:
+    """Of a map whose second and third rows read `others *2| square *2`, and the last `circle *1| others *3`."""
     made = trainer(tokenizer)
-    packed = made.packer.pack([made.packer.exchange(the_question(a_photo()))])
-    guide = made._guide(packed, is_reading=True)
-    first = len(made.packer.text_prefix)
-    found = {
-        (cell, length): [wanted.nonzero().flatten().tolist() for wanted in wanted_3P]
-        for cell, length, *wanted_3P in zip(
-            packed.start_A[packed.start_A >= 0].tolist(),
-            packed.length_A[packed.start_A >= 0].tolist(),
-            *guide.wanted_M,
-            strict=True,
-        )
-    }
-    assert found == {
-        (0, 4): [[first], [0], [0]],
-        (3, 0): [[first + 3], [0], [0]],
-        (4, 2): [[first + 4], [first + 7], [first + 6]],
-        (5, 0): [[first + 5], [first + 7], [first + 6]],
-        (6, 2): [[first + 6], [first + 7], [first + 6]],
-        (7, 0): [[first + 7], [first + 7], [first + 6]],
-        (8, 2): [[first + 8], [first + 11], [first + 10]],
-        (9, 0): [[first + 9], [first + 11], [first + 10]],
-        (10, 2): [[first + 10], [first + 11], [first + 10]],
-        (11, 0): [[first + 11], [first + 11], [first + 10]],
-        (12, 4): [[first + 12], [0], [0]],
-        (15, 0): [[first + 15], [0], [0]],
-    }
+    map_GG = np.zeros((GRID, GRID), dtype=np.int64)
+    map_GG[1:3, 2:], map_GG[3, 0] = 2, 1
+    first, whole = len(made.packer.text_prefix), made.options.whole_answers
+    assert whole < 1
+    made.options = replace(made.options, whole_answers=1.0)
+    runs = row_runs(torch.from_numpy(map_GG).reshape(1, -1), GRID)
+
+    def led(question: Question) -> dict[tuple[int, int], list[int]]:
+        """Row and order to the places of the tokens that all heads are led to."""
+        packed = made.packer.pack([made._exchange(question, map_GG, np.random.default_rng(0))])
+        guide = made._guide(packed, runs, is_reading=True)
+        of_run = packed.start_A >= 0
+        assert guide.source_M.tolist() == packed.source_A[of_run].tolist()
+        where = zip((packed.start_A[of_run] // GRID).tolist(), packed.order_A[of_run].tolist(), strict=True)
+        found: dict[tuple[int, int], list[int]] = {}
+        for place, *wanted_3P in zip(where, *guide.wanted_M, strict=True):
+            looked = [wanted_P.nonzero().flatten().sub(first).tolist() for wanted_P in wanted_3P]
+            assert looked == [looked[0]] * 3 == [found.setdefault(place, looked[0])] * 3
+        return found
+
+    # After the four rows' gaps: the square's gap and run in two rows, then the circle's run and gap.
+    square = the_question(a_photo())
+    assert led(square) == {(0, 0): [0], (1, 0): [4], (1, 1): [5], (2, 0): [6], (2, 1): [7], (3, 0): [3]}
+    circle = replace(the_question(a_photo(), "absent"), cells_GG=(map_GG == 1).astype(np.uint8))
+    answer = circle.answer.replace(" others *4\n</seg>", " circle *1| others *3\n</seg>")
+    assert led(replace(circle, answer=answer)) == {(0, 0): [0], (1, 0): [1], (2, 0): [2], (3, 0): [8], (3, 1): [9]}
+    one_of_two = replace(square, cells_GG=np.where(np.arange(GRID)[:, None] == 1, square.cells_GG, 0))
+    answer = square.answer.replace("2\n others *2| square *2\n", "2\n others *4\n")
+    assert set(map(tuple, led(replace(one_of_two, answer=answer)).values())) == {()}
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tokenizer, tmp_path: Path) -> None:
@@ -586,6 +586,28 @@ def test_the_warm_up_teaches_classes_and_goes_on_where_it_was(tokenizer, tmp_pat
     renamed = Model(other.model.projector, other.model.shape_head, other.model.llama, ("square", "circle"))
     with pytest.raises(RelayModelsError, match="made with other classes"):
         warm_up(options, renamed, other.data.variants, other.data.weights, tmp_path / "projector.pt")
+
+
+def test_the_warm_up_also_asks_which_classes_are_there(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    """Of a photo nothing of which has a name for certain, cells alone teach nothing: that there is no circle does."""
+    ticks = count()
+    monkeypatch.setattr(warmup, "time", SimpleNamespace(monotonic=lambda: next(ticks) * 0.005))
+    made = trainer(tokenizer)
+    unsure = replace(a_photo(), instances=(), labelled_classes=(), absent=("circle",))
+    variant = Variant((unsure,), made.data.variants[0].features[:1])
+    features = torch.from_numpy(np.asarray(variant.features)).float()
+
+    def circle() -> float:
+        with torch.no_grad():
+            logits = made.model.projector.classify(made.model.projector.hidden(features))
+        return float(logits.softmax(-1)[..., 1].max())
+
+    made.model.projector.eval()
+    before = circle()
+    options = WarmupOptions(minutes=0.02, photos=1, rate=1e-2, weight_decay=0.0)
+    warm_up(options, made.model, [variant], np.ones(1), tmp_path / "projector.pt")
+    made.model.projector.eval()
+    assert circle() < before / 4
 
 
 @pytest.mark.parametrize("field", ["minutes", "rank", "tokens", "processes"])

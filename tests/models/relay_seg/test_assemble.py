@@ -59,10 +59,11 @@ def trained(base: Path) -> dict[str, torch.Tensor]:
     config.text_config.hidden_size = 576
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        projector = Projector(projector_sizes(config)).state_dict()
-        projector["classify.weight"] *= 20  # so that what cells show depends on the picture
-        for name in ("codebook_KD", "lengths_GD", "begins_D", "place_TD"):
-            projector[name].normal_()
+        made = Projector(projector_sizes(config)).requires_grad_(False)
+        made.classify.weight *= 20  # so that what cells show depends on the picture
+        for vectors in made.of_tokens():
+            vectors.normal_()
+        projector = made.state_dict()
         with torch.device("meta"):
             layers = LlamaForCausalLM(LlamaConfig.from_pretrained(base)).model.layers
             add_lora(layers, RANK, ALPHA)

@@ -30,8 +30,10 @@ DISTRACTED_WEIGHT = 1.2  # of a row like the one before it, where the picture sh
 MARK_WEIGHT = 0.5  # of a piece of a word that tells its row
 END_OF_TURN = "<|im_end|>"
 
-Run = tuple[int, int]  # first cell, length; of the separator or line break after a run its last cell, 0
-_NO_RUN = (-1, 0)
+# First cell, length, how many runs the row has before it; of the separator or line break after a run its last cell, 0,
+# and the run's order.
+Run = tuple[int, int, int]
+_NO_RUN = (-1, 0, 0)
 _Told = tuple[int, float, Run]  # token, weight, run
 
 
@@ -46,7 +48,8 @@ class PackedSequence:
     start_A: the first cell of the run that the token is part of, in reading order; -1 for tokens outside of a
         descriptor. What separates runs is of the last cell before it.
     length_A: cells of that run; 0 for what separates runs and for tokens outside of a descriptor.
-    is_asked_AT: the cells of the run's row that show what was asked for.
+    order_A: how many runs its row has before it.
+    is_asked_A: whether that cell shows what was asked for.
     topic_A: what was asked for, as `Exchange.topic`.
     """
 
@@ -57,7 +60,8 @@ class PackedSequence:
     weight_A: Tensor  # noqa: N815
     start_A: Tensor  # noqa: N815
     length_A: Tensor  # noqa: N815
-    is_asked_AT: Tensor  # noqa: N815
+    order_A: Tensor  # noqa: N815
+    is_asked_A: Tensor  # noqa: N815
     topic_A: Tensor  # noqa: N815
 
 
@@ -70,7 +74,8 @@ class Exchange:
         weights: of each as a target; 0 for the question's.
         runs: the run that each is part of.
         is_asked_GG: where the picture shows what was asked for.
-        topic: the number of the class that was asked for, -1 where it is none or several.
+        topic: the number of the class all of which was asked for, as the picture shows it; -1 where it is another
+            question.
     """
 
     ids: tuple[int, ...]
@@ -85,7 +90,7 @@ class Exchange:
         rows = set(np.flatnonzero(other_GG.any(axis=1)))
         weights = [
             DISTRACTED_WEIGHT if 0 < weight < 1 and cell >= 0 and cell // len(other_GG) in rows else weight
-            for weight, (cell, _) in zip(self.weights, self.runs, strict=True)
+            for weight, (cell, *_) in zip(self.weights, self.runs, strict=True)
         ]
         return replace(self, weights=tuple(weights))
 
@@ -108,7 +113,7 @@ class Packer:
         self.image_prefix = [*self.text_prefix, *[IMAGE_TOKEN_ID] * num_image_tokens, *self._ids(after)]
 
     def exchange(self, question: Question, topic: int = -1) -> Exchange:
-        """The tokens of a question about a picture, which asks for the class of number ``topic``."""
+        """The tokens of a question about a picture, which asks for all of the class of number ``topic``."""
         asked = self._ids(question.prompt + CONVERSATION.user_close + CONVERSATION.assistant_open)
         encoded = self.tokenizer(question.answer, return_offsets_mapping=True, add_special_tokens=False)
         weight_of = _character_weights(question)
@@ -149,24 +154,24 @@ class Packer:
         target: list[int] = []
         weight: list[float] = []
         runs: list[Run] = []
-        asked: list[npt.NDArray[np.bool_]] = []
+        asked: list[bool] = []
         topics: list[int] = []
         start = len(prefix)
         for exchange in exchanges:
-            rows = _asked_rows(exchange, self.grid)
+            is_asked_T = exchange.is_asked_GG.reshape(-1)
             for place, (token, counts) in enumerate(zip(exchange.ids, exchange.weights, strict=True)):
                 if counts > 0:
                     source.append(start + place - 1)
                     target.append(token)
                     weight.append(counts)
                     runs.append(exchange.runs[place])
-                    asked.append(rows[max(exchange.runs[place][0] // self.grid, 0)])
+                    asked.append(bool(is_asked_T[exchange.runs[place][0]]))
                     topics.append(exchange.topic)
             start += len(exchange.ids)
         layout = PackedLayout(
             len(prefix), tuple(len(exchange.ids) for exchange in exchanges), unchanged=len(self.text_prefix)
         )
-        start_A, length_A = torch.tensor(runs).unbind(1)
+        start_A, length_A, order_A = torch.tensor(runs).unbind(1)
         return PackedSequence(
             torch.tensor(ids),
             layout,
@@ -175,7 +180,8 @@ class Packer:
             torch.tensor(weight),
             start_A,
             length_A,
-            torch.from_numpy(np.stack(asked)),
+            order_A,
+            torch.tensor(asked),
             torch.tensor(topics),
         )
 
@@ -206,25 +212,18 @@ def _character_weights(question: Question) -> npt.NDArray[np.float64]:
     return weights
 
 
-def _asked_rows(exchange: Exchange, grid: int) -> npt.NDArray[np.bool_]:
-    """[G, T] for each row, its cells that show what was asked for, among all cells."""
-    asked_GT = np.zeros((grid, grid * grid), dtype=np.bool_)
-    asked_GT[np.arange(grid * grid) // grid, np.arange(grid * grid)] = exchange.is_asked_GG.reshape(-1)
-    return asked_GT
-
-
 def _character_runs(question: Question) -> list[Run]:
     """For each character of the answer its run."""
     runs = [_NO_RUN] * (question.answer.index(OPEN_TAG) + len(OPEN_TAG))
     grid = len(question.cells_GG)
     for row, cells_G in enumerate(question.cells_GG.tolist()):
         column = 0
-        for index, run in groupby(cells_G):
+        for order, (index, run) in enumerate(groupby(cells_G)):
             length = len(list(run))
             lead = " " if row or column else ""
-            runs += [(row * grid + column, length)] * len(f"{lead}{question.labels[index]} *{length}")
+            runs += [(row * grid + column, length, order)] * len(f"{lead}{question.labels[index]} *{length}")
             column += length
-            runs.append((row * grid + column - 1, 0))  # the separator or the line break
+            runs.append((row * grid + column - 1, 0, order))  # the separator or the line break
     return runs + [_NO_RUN] * (len(question.answer) - len(runs))
 
 

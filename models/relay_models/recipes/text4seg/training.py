@@ -6,9 +6,9 @@
 
 The projector was trained before (`warmup`) and is frozen here, but for the vectors that its tokens are made of.
 Asked for answers alone, the language model takes hours to find out that they are in the picture. So it is led:
-at first only its lower third is computed (it costs a third), and told there which row and column it is about to write,
-where in the picture heads should look for that, and what they find (`Guide`, `_Probe`). After that it learns to answer,
-and goes on with the other between.
+at first only its lower third is computed (it costs a third), and told there which run of which row it is about to
+write, which of the picture's tokens tells of it, for heads to look at, and what that says (`Guide`, `_Probe`). After
+that it learns to answer, and goes on with the other between.
 
 One process a core works on a picture of its own; gradients are averaged. Every choice of step s in process r is drawn
 from a generator seeded with (seed, s, r), so that a run that was killed goes on from its last checkpoint with the same
@@ -47,7 +47,7 @@ from relay_models.recipes.text4seg.questions import Question, QuestionMix, quest
 from relay_models.relay_seg.assemble import ALPHA, TRAINING_KEY, read_trained, save_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.relay_seg.pins import BASE_SHA256, ENCODER_SHA256
-from relay_models.relay_seg.projector import Projector, ProjectorSizes
+from relay_models.relay_seg.projector import Projector, ProjectorSizes, Runs, row_runs
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +55,15 @@ CHECKPOINT = "checkpoint.pt"
 # The first layer of SmolLM2 adds forty times what an embedding holds: tokens as large as that stay legible above it. It
 # does not change what that layer itself computes, which is of normalised tokens.
 TOKEN_SCALE = 20.0
-# Of a typical embedding's length (which is its class's share), for the row of a cell's token and for its column.
-PLACE_SHARE = 0.7
-LENGTH_SHARE = 0.5
+# Of a typical embedding's length, which is the share of a run's class in its token: the shares of the rest.
+ROW_SHARE = ORDER_SHARE = 0.7
+COLUMN_SHARE = LENGTH_SHARE = 0.5
 # Where the language model is told to look: heads are (key head, query head of its group).
 GUIDED_LAYERS = (5, 6, 7, 8)
-# At the first cell of the run; at the last and at the first of the next cells in its row that show the topic.
 GUIDED_HEADS = ((0, 0), (1, 0), (2, 0))
-GUIDED_HEAD_WEIGHTS = (0.2, 0.3, 0.8)
-PLACE_LAYER = 4  # by which a token knows its row, its column and what was asked for
-READ_LAYER = 9  # by which it knows what the picture shows there
+GUIDED_WEIGHT = 1.3
+PLACE_LAYER = 4  # by which a token knows its row, the order and column of its run, and what was asked for
+READ_LAYER = 9  # by which it knows what the picture says of that run
 MAX_ROUNDS = 3  # of questions about one photo
 SHORTEST_QUESTION = 120  # tokens
 ABOUT_PHOTOS = 0.2  # of sequences, how many ask about a photo in every way, not about a map
@@ -178,7 +177,7 @@ class _Trainer:
         self.options, self.model, self.data, self.rank = options, model, data, rank
         self.packer = Packer(tokenizer, model.projector.sizes.grid**2)
         projector = model.projector.eval().requires_grad_(False)
-        of_tokens = [projector.codebook_KD, projector.lengths_GD, projector.begins_D, projector.place_TD]
+        of_tokens = projector.of_tokens()
         for parameter in of_tokens:
             parameter.requires_grad_(True)
         self.groups = (list(model.llama.named_halves().values()), of_tokens)
@@ -234,6 +233,8 @@ class _Trainer:
         """Mostly without most of the rows below the last in which the map shows anything: each is a copy of the one
         above it. A row that shows something else than what was asked for is where reading goes wrong."""
         topic = self.topics.of(question.labels[1]) if len(question.labels) == 2 else -1
+        if ((map_GG == topic + 1) != (question.cells_GG > 0)).any():  # one of several, or partly behind something else
+            topic = -1
         exchange = self.packer.exchange(question, topic).distracted((map_GG > 0) & (question.cells_GG == 0))
         if rng.random() < self.options.whole_answers:
             return exchange
@@ -270,19 +271,19 @@ class _Trainer:
     def _picture_step(self, rng: np.random.Generator, is_reading: bool) -> dict[str, float]:
         map_GG, exchanges = self.sequence(rng)
         packed = self.packer.pack(exchanges)
-        tokens_TD = self.model.projector.tokens(torch.from_numpy(map_GG).flatten())
-        loss, figures = self._answer_loss(packed, tokens_TD, rng, is_reading=is_reading)
+        loss, figures = self._answer_loss(packed, torch.from_numpy(map_GG).flatten(), rng, is_reading=is_reading)
         loss.backward()
         return {**figures, "loss": loss.item(), "tokens": float(len(packed.ids_S))}
 
     def _answer_loss(
-        self, packed: PackedSequence, tokens_TD: Tensor, rng: np.random.Generator, *, is_reading: bool
+        self, packed: PackedSequence, class_T: Tensor, rng: np.random.Generator, *, is_reading: bool
     ) -> tuple[Tensor, dict[str, float]]:
-        llama = self.model.llama
+        llama, projector = self.model.llama, self.model.projector
+        (tokens_TD,) = projector.tokens(class_T[None])
         embeddings_SD = F.embedding(packed.ids_S, llama.embeddings)
         is_image_S = packed.ids_S == IMAGE_TOKEN_ID
         embeddings_SD = embeddings_SD.masked_scatter(is_image_S[:, None], tokens_TD.to(embeddings_SD.dtype))
-        guide = self._guide(packed, is_reading)
+        guide = self._guide(packed, row_runs(class_T[None], projector.sizes.grid), is_reading)
         hidden_SD, shares, probed = llama.guided(embeddings_SD, packed.layout, guide)
         if is_reading:
             return self._guided_loss(packed, shares, probed)
@@ -308,45 +309,46 @@ class _Trainer:
             figures["answers"] = nll_A[is_known].mean().item()
         return loss, figures
 
-    def _guide(self, packed: PackedSequence, is_reading: bool) -> Guide:
-        """To the first cell of the run that a token is part of, and to where its row next shows what was asked for, the
-        run itself included: whether it is of that, how far it goes, and from where to where the next one is, all is
-        told there. Where the row shows no more of it, heads look at the sequence's first token."""
+    def _guide(self, packed: PackedSequence, runs: Runs, is_reading: bool) -> Guide:
+        """To the token that tells of the run that a token is part of. Where the row shows nothing of what was asked
+        for, that is the one of its gap from end to end. Tokens of other questions are led nowhere."""
         is_run_A = packed.start_A >= 0
+        row_M1 = (packed.start_A[is_run_A] // self.model.projector.sizes.grid)[:, None]
+        order_M1, topic_M1 = packed.order_A[is_run_A][:, None], packed.topic_A[is_run_A][:, None]
+        is_of_row_MT = runs.is_used_NT & (runs.row_NT == row_M1)
+        wanted_MT = is_of_row_MT & (runs.class_NT == topic_M1 + 1) & (runs.order_NT == order_M1) & (topic_M1 >= 0)
+        gap_MT = is_of_row_MT & (runs.class_NT == 0) & (topic_M1 >= 0)
+        wanted_MT = torch.where(wanted_MT.any(1, keepdim=True), wanted_MT, gap_MT)
         first = len(self.packer.text_prefix)
-        num_cells = packed.is_asked_AT.shape[1]
-
-        def placed(wanted_MT: Tensor) -> Tensor:
-            wanted_MP = F.pad(wanted_MT, (first, packed.layout.prefix - first - num_cells))
-            wanted_MP[:, 0] = ~wanted_MT.any(1)
-            return wanted_MP
-
-        start_M = packed.start_A[is_run_A]
-        starts_MT, ends_MT = next_stretch(packed.is_asked_AT[is_run_A], start_M)
-        wanted = (placed(F.one_hot(start_M, num_cells).bool()), placed(ends_MT), placed(starts_MT))
+        wanted_MP = F.pad(wanted_MT, (first, packed.layout.prefix - first - wanted_MT.shape[1]))
+        wanted = (wanted_MP,) * len(GUIDED_HEADS)
         stop = READ_LAYER if is_reading else None
         return Guide(packed.source_A[is_run_A], wanted, GUIDED_LAYERS, GUIDED_HEADS, (PLACE_LAYER, READ_LAYER), stop)
 
     def _guided_loss(
         self, packed: PackedSequence, shares: Tensor, probed: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Heads look where the guide says; the layers below them know row, column and class; those above, the run."""
+        """Heads look where the guide says; the layers below them know which run it is; those above, what it is."""
         is_run_A = packed.start_A >= 0
         grid = self.model.projector.sizes.grid
         weight_M = packed.weight_A[is_run_A]
-        cell_M, length_M, topic_M = (x[is_run_A] for x in (packed.start_A, packed.length_A, packed.topic_A))
-        is_object_M = packed.is_asked_AT[is_run_A].gather(1, cell_M[:, None])[:, 0].long()
-        seen_H = (-shares.float().clamp(min=1e-12).log() * weight_M[:, None]).sum(1).mean(0) / weight_M.sum()
-        place = self.probe.place(probed[0]).split((grid, grid, len(self.model.classes)), -1)
+        cell_M, length_M, order_M, topic_M, is_asked_M = (
+            x[is_run_A] for x in (packed.start_A, packed.length_A, packed.order_A, packed.topic_A, packed.is_asked_A)
+        )
+        is_led_M = weight_M * (topic_M >= 0)
+        seen_LMH = -shares.float().clamp(min=1e-12).log() * is_led_M[:, None]
+        seen_H = seen_LMH.sum(1).mean(0) / is_led_M.sum().clamp(min=1)
+        place = self.probe.place(probed[0]).split((grid, grid, grid, len(self.model.classes)), -1)
         read = self.probe.read(probed[1]).split((grid, 2), -1)
         asked = {
             "row": (place[0], cell_M // grid, weight_M, 1.0),
-            "column": (place[1], cell_M % grid, weight_M, 0.4),
-            "topic": (place[2], topic_M, weight_M * (topic_M >= 0), 1.0),
+            "column": (place[1], cell_M % grid, weight_M, 0.2),
+            "order": (place[2], order_M, weight_M, 0.6),
+            "topic": (place[3], topic_M, is_led_M, 1.0),
             "length": (read[0], length_M - 1, weight_M * (length_M > 0), 2.0),
-            "object": (read[1], is_object_M, weight_M * (length_M > 0), 1.0),
+            "object": (read[1], is_asked_M.long(), weight_M * (length_M > 0), 1.0),
         }
-        loss = (seen_H * torch.tensor(GUIDED_HEAD_WEIGHTS)).sum()
+        loss = GUIDED_WEIGHT * seen_H.mean()
         figures = {f"seen {index}": value for index, value in enumerate(seen_H.tolist())}
         for name, (logits, target, weight, share) in asked.items():
             target = target.clamp(min=0)
@@ -416,31 +418,17 @@ class _Trainer:
         return state["step"], state["elapsed"]
 
 
-def next_stretch(asked_MT: Tensor, start_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the stretches of True in each row, the first that does not end before ``start_M``: [M, T] its first cell, and
-    its last; nothing where there is none."""
-    cell_T = torch.arange(asked_MT.shape[1])
-    is_last_MT = asked_MT & ~F.pad(asked_MT[:, 1:], (0, 1))
-    is_first_MT = asked_MT & ~F.pad(asked_MT[:, :-1], (1, 0))
-    later_MT = is_last_MT & (cell_T >= start_M[:, None])
-    end_M1 = later_MT.int().argmax(1, keepdim=True)
-    earlier_MT = is_first_MT & (cell_T <= end_M1)
-    begin_M1 = torch.where(earlier_MT, cell_T, -1).amax(1, keepdim=True)
-    there_M1 = later_MT.any(1, keepdim=True)
-    return (cell_T == begin_M1) & there_M1, (cell_T == end_M1) & there_M1
-
-
 class _Probe(nn.Module):
     """Reads off hidden states what they should hold; of use while training only."""
 
     def __init__(self, sizes: ProjectorSizes) -> None:
         super().__init__()
         self.width = sizes.out_width
-        self.places = nn.Linear(sizes.out_width, 2 * sizes.grid + sizes.num_classes)
+        self.places = nn.Linear(sizes.out_width, 3 * sizes.grid + sizes.num_classes)
         self.reads = nn.Linear(sizes.out_width, sizes.grid + 2)
 
     def place(self, hidden_MD: Tensor) -> Tensor:
-        """Row, column and class of what was asked for, [M, G + G + classes]."""
+        """Row, column and order of the run, and the class that was asked for, [M, G + G + G + classes]."""
         return self.places(F.rms_norm(hidden_MD.float(), (self.width,)))
 
     def read(self, hidden_MD: Tensor) -> Tensor:
@@ -478,13 +466,17 @@ def new_model(
     with torch.no_grad():
         names = [embeddings[tokenizer(f" {name}")["input_ids"]].mean(0) for name in ("others", *classes)]
         names_KD = torch.stack(names)
-        # Without what all words have in common, so that one is told from another.
-        projector.codebook_KD.copy_(F.normalize(names_KD - names_KD.mean(0), dim=1) * typical)
-        # A direction a length, a row, a column, so that each can be looked up from the start.
+        # Without what all words have in common, and turned until they are at right angles, each as little as possible
+        # (Schönemann 1966): so that one is told from another, be they cats and dogs.
+        turned = torch.linalg.svd(F.normalize(names_KD - names_KD.mean(0), dim=1), full_matrices=False)
+        projector.codebook_KD.copy_(turned.U @ turned.Vh * typical)
+        # A direction a row, a column, a length, a number, so that each can be looked up from the start.
+        projector.rows_GD.copy_(directions(sizes.grid) * ROW_SHARE)
+        projector.columns_GD.copy_(directions(sizes.grid) * COLUMN_SHARE)
         projector.lengths_GD.copy_(directions(sizes.grid) * LENGTH_SHARE)
-        projector.begins_D.copy_(directions(1)[0] * LENGTH_SHARE)
-        row_GD, column_GD = directions(2, sizes.grid) * PLACE_SHARE
-        projector.place_TD.copy_((row_GD[:, None] + column_GD[None]).flatten(0, 1))
+        projector.orders_GD.copy_(directions(sizes.grid) * ORDER_SHARE)
+        projector.gap_D.copy_(directions(1)[0] * LENGTH_SHARE)
+        projector.unused_D.copy_(directions(1)[0])
     llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=options.seed)
     return Model(projector, nn.Linear(sizes.width, 4), llama, tuple(classes))
 

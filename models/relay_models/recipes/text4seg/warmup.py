@@ -2,8 +2,8 @@
 
     features (cached) → projector → class and shape of the object, cell by cell; which classes are there at all
 
-It costs little: no language model takes part. Afterwards a cell's token already holds, in the language model's own
-words, what the cell shows. It is trained for a time, not for a number of steps, and goes on from its checkpoint.
+It costs little: no language model takes part. Afterwards the tokens, which are made from that, already hold what a
+picture shows. It is trained for a time, not for a number of steps, and goes on from its checkpoint.
 
 Legend: T cells, K classes and one, N photos of a step.
 """
