@@ -179,7 +179,8 @@ def row_runs(class_NT: Tensor, grid: int) -> Runs:
     number = class_NGG[..., None].expand(-1, -1, -1, 3).flatten(1)
     place = torch.arange(column.shape[1], device=class_NT.device)
     size = (class_NT[:, :, None] == class_NT[:, None]).sum(-1)[..., None].expand(-1, -1, 3).flatten(1)
-    key = ((grid**2 - size) * (1 << 10) + number) * len(place) + place
+    by_size = (grid**2 - size) * (1 << 20) + number  # classes of one size by number
+    key = by_size * len(place) + place
     key = torch.where(is_used, key, torch.iinfo(torch.long).max)
     chosen = key.argsort(-1)[:, : grid**2 - grid]
     row = place // (3 * grid)
@@ -189,7 +190,6 @@ def row_runs(class_NT: Tensor, grid: int) -> Runs:
     def told(of_rows_NG: Tensor, of_runs: Tensor) -> Tensor:
         return torch.cat((of_rows_NG, of_runs.expand(N, -1).gather(1, chosen)), 1)
 
-    is_used_NT = told(one_NG.bool(), is_used)
     is_gap = (place % 3 != 1).expand(N, -1)
     return Runs(
         class_NT=told(zero_NG, number),
@@ -198,7 +198,7 @@ def row_runs(class_NT: Tensor, grid: int) -> Runs:
         length_NT=told(grid * one_NG, length.clamp(min=1)),
         order_NT=told(zero_NG, order.clamp(0, grid - 1)),
         is_gap_NT=told(one_NG.bool(), is_gap),
-        is_used_NT=is_used_NT,
+        is_used_NT=told(one_NG.bool(), is_used),
     )
 
 

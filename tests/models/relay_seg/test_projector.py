@@ -1,4 +1,4 @@
-"""What the projector's tokens are made of, and that a picture's token depends on the whole picture."""
+"""What the projector's tokens tell of a map of classes, and that what a cell shows depends on the whole picture."""
 
 from __future__ import annotations
 
