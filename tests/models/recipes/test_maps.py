@@ -44,13 +44,16 @@ def test_equal_seeds_draw_equal_maps_of_known_classes(drawer: MapDrawer) -> None
 
 def test_maps_of_a_photo_are_its_masks_or_what_is_seen(drawer: MapDrawer) -> None:
     variant = drawer.variants[0]
+    with torch.no_grad():
+        for vectors in drawer.projector.of_tokens():
+            vectors.normal_()  # they begin as nothing: all tokens would be equal
     for index in range(2):
         expected = cell_targets(variant.photos[index], GRID, CLASSES).class_T.reshape(GRID, GRID)
         assert np.array_equal(drawer.true(0, index), expected)
         features = torch.from_numpy(np.array(variant.features[index : index + 1])).float()
         with torch.no_grad():
-            tokens = drawer.projector(features)
-            assert torch.equal(tokens[0], drawer.projector.tokens(torch.from_numpy(drawer.seen(0, index)).flatten()))
+            seen_NT = torch.from_numpy(drawer.seen(0, index)).reshape(1, -1)
+            assert torch.equal(drawer.projector(features), drawer.projector.tokens(seen_NT))
 
 
 def test_drawing_leaves_the_photos_alone(drawer: MapDrawer) -> None:
