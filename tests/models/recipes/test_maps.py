@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from relay_models.recipes.text4seg.cells import cell_targets
 from relay_models.recipes.text4seg.dataset import Instance, Photo
 from relay_models.recipes.text4seg.features import Variant
-from relay_models.recipes.text4seg.maps import MapDrawer
+from relay_models.recipes.text4seg.maps import MOST_SPECKLES, MapDrawer
 from relay_models.recipes.text4seg.questions import QuestionMix, questions_of_map
 from relay_models.relay_seg.projector import Projector, ProjectorSizes
 
@@ -67,6 +68,35 @@ def test_classes_are_drawn_though_no_photo_shows_one(drawer: MapDrawer) -> None:
     blank = Photo("a.jpg", SIDE, SIDE, ())
     bare = replace(drawer, variants=[Variant((blank, blank), drawer.variants[0].features)])
     assert {bare.some_class(np.random.default_rng(seed)) for seed in range(40)} == {1, 2, 3}
+
+
+def test_classes_change_places_and_cells_do_not(drawer: MapDrawer) -> None:
+    begun = np.array([[0, 1, 1, 0], [2, 2, 1, 0], [0, 3, 0, 0], [0, 0, 0, 0]])
+    became: Counter[tuple[int, ...]] = Counter()
+    for seed in range(300):
+        renamed = drawer._renamed(begun, np.random.default_rng(seed))
+        pairs = set(zip(begun.flat, renamed.flat, strict=True))
+        assert len(pairs) == 4  # one class for each, and no two the same
+        assert (0, 0) in pairs
+        became[tuple(renamed[place] for place in ((0, 1), (1, 0), (2, 1)))] += 1
+    assert len(became) == 6
+    assert min(became.values()) > 25
+
+
+def test_a_rare_class_is_drawn_as_often_as_others(drawer: MapDrawer) -> None:
+    """Photos show no person."""
+    rng = np.random.default_rng(0)
+    shown = Counter(int(number) for _ in range(400) for number in np.unique(drawer.draw(rng)))
+    assert min(shown[number] for number in (1, 2, 3)) > 0.7 * max(shown[number] for number in (1, 2, 3))
+    asked = Counter(drawer.any_class(rng) for _ in range(600))
+    assert min(asked[number] for number in (1, 2, 3)) > 100
+
+
+def test_speckles_are_single_cells(drawer: MapDrawer) -> None:
+    blank = np.zeros((GRID, GRID), np.int64)
+    changed = [int((drawer._with_speckles(blank, np.random.default_rng(seed)) > 0).sum()) for seed in range(50)]
+    assert max(changed) <= MOST_SPECKLES
+    assert sum(number > 0 for number in changed) > 30
 
 
 MAP = np.array([[0, 1, 1, 0], [0, 1, 3, 3], [0, 0, 3, 3], [0, 0, 0, 0]])

@@ -259,25 +259,22 @@ class _Attention:
         q, k, v = self._grouped(q), k.transpose(1, 2), v.transpose(1, 2)
         scores = torch.cat((q @ prefix_k.transpose(1, 2), q @ k.transpose(2, 3) + self.own_mask), -1)
         weights = scores.softmax(-1)
-        mixed_QLD = self._ungrouped(weights[..., :P] @ prefix_v + weights[..., P:] @ v)
-        seen = [] if guide is None else [self._shares(weights, guide)]
+        to_prefix, to_own = weights.split((P, weights.shape[-1] - P), -1)
+        mixed_QLD = self._ungrouped(to_prefix @ prefix_v + to_own @ v)
+        seen = [] if guide is None else [self._shares(to_prefix, guide)]
         return torch.cat((prefix_PD, mixed_QLD[self.is_token_QL])), seen
 
-    def _shares(self, weights: Tensor, guide: Guide) -> Tensor:
-        """[M, heads] of attention weights [Q, kv heads, L * group, P + L]."""
+    def _shares(self, to_prefix: Tensor, guide: Guide) -> Tensor:
+        """[M, heads] of attention weights [Q, kv heads, L * group, P]."""
         place_S = torch.zeros(self.prefix + int(self.is_token_QL.sum()), dtype=torch.long)
         place_S[self.index_QL[self.is_token_QL]] = torch.arange(self.is_token_QL.numel()).view_as(self.index_QL)[
             self.is_token_QL
         ]
         place_M = place_S[guide.source_M]
         question_M, token_M = place_M // self.index_QL.shape[1], place_M % self.index_QL.shape[1]
-        return torch.stack(
-            [
-                (weights[question_M, key_head, token_M * self.group + head, : self.prefix] * wanted_MP).sum(-1)
-                for (key_head, head), wanted_MP in zip(guide.heads, guide.wanted_M, strict=True)
-            ],
-            -1,
-        )
+        key_head_H, head_H = torch.tensor(guide.heads).unbind(1)
+        weights_MHP = to_prefix[question_M[:, None], key_head_H, token_M[:, None] * self.group + head_H]
+        return (weights_MHP * torch.stack(guide.wanted_M, 1)).sum(-1)
 
     def _grouped(self, q_QLNH: Tensor) -> Tensor:
         """[Q, kv heads, L * group, H]"""

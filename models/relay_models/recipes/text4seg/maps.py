@@ -23,9 +23,10 @@ from relay_models.relay_seg.projector import Projector, decide
 
 Map = npt.NDArray[np.int64]
 
-EMPTY, TRUE = 0.06, 0.38  # of maps, how many begin with nothing, and as masks say; the others as the projector sees it
-DRAWN_ON, SPECKLED = 0.65, 0.2  # how many get shapes, and single cells, of other classes
-MOST_SHAPES, MOST_SPECKLES = 5, 6
+EMPTY, TRUE = 0.04, 0.2  # of maps, how many begin with nothing, and as masks say; the others as the projector sees it
+DRAWN_ON, SPECKLED = 0.6, 0.5  # how many get shapes, and single cells, of other classes
+MOST_SHAPES, MOST_SPECKLES = 5, 12
+RENAMED = 0.75  # how many show any classes in place of theirs, for most classes are rare and all are to be read alike
 LARGEST = 11  # cells that a shape is wide or high
 
 
@@ -56,7 +57,9 @@ class MapDrawer:
         map_GG = self._begun(rng)
         if not map_GG.any() or rng.random() < DRAWN_ON:
             map_GG = self._with_shapes(map_GG, rng)
-        return _with_speckles(map_GG, rng) if rng.random() < SPECKLED else map_GG
+        if rng.random() < SPECKLED:
+            map_GG = self._with_speckles(map_GG, rng)
+        return self._renamed(map_GG, rng) if rng.random() < RENAMED else map_GG
 
     def true(self, number: int, index: int) -> Map:
         """[G, G] what the masks of a photo say."""
@@ -69,6 +72,10 @@ class MapDrawer:
         with torch.no_grad():
             class_NT = decide(self.projector.classify(self.projector.hidden(features)))
         return class_NT[0].unflatten(0, (self.projector.sizes.grid, -1)).numpy()
+
+    def any_class(self, rng: np.random.Generator) -> int:
+        """As often as maps show it: most of them are of any class."""
+        return int(rng.integers(1, len(self.classes) + 1)) if rng.random() < RENAMED else self.some_class(rng)
 
     def some_class(self, rng: np.random.Generator) -> int:
         """Mostly one that photos show often."""
@@ -102,11 +109,14 @@ class MapDrawer:
                 drawn_GG[inside] = self.some_class(rng)
         return drawn_GG
 
+    def _with_speckles(self, map_GG: Map, rng: np.random.Generator) -> Map:
+        """Some single cells that show what other cells do, or one of a few other classes."""
+        drawn_GG = map_GG.copy()
+        shown = [*np.unique(map_GG), *(self.some_class(rng) for _ in range(rng.integers(1, MOST_SPECKLES + 1)))]
+        for _ in range(rng.integers(1, MOST_SPECKLES + 1)):
+            drawn_GG[tuple(rng.integers(len(map_GG), size=2))] = rng.choice(shown)
+        return drawn_GG
 
-def _with_speckles(map_GG: Map, rng: np.random.Generator) -> Map:
-    """Some single cells that show what other cells do."""
-    drawn_GG = map_GG.copy()
-    present = np.unique(map_GG)
-    for _ in range(rng.integers(1, MOST_SPECKLES + 1)):
-        drawn_GG[tuple(rng.integers(len(map_GG), size=2))] = rng.choice(present)
-    return drawn_GG
+    def _renamed(self, map_GG: Map, rng: np.random.Generator) -> Map:
+        """Each class in place of another, all equally often."""
+        return np.concatenate(([0], rng.permutation(len(self.classes)) + 1))[map_GG]

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from relay_models.errors import CheckpointError, RelayModelsError
+from relay_models.recipes.text4seg.augment import plural
 from relay_models.recipes.text4seg.dataset import Photo
 from relay_models.recipes.text4seg.features import Variant
 from relay_models.recipes.text4seg.lora_layers import Guide, LoraLlama
@@ -224,8 +225,8 @@ class _Trainer:
     def _questions(self, photo: Photo | None, map_GG: Map, rng: np.random.Generator) -> list[Question]:
         if photo is not None:
             return questions_of(photo, self.model.projector.sizes.grid, rng, self.options.mix)
-        # Drawn as the classes of shapes are: else a name alone would tell that it is asked for in vain.
-        absent = [self.maps.some_class(rng) for _ in range(rng.integers(1, MOST_ABSENT + 1))]
+        # Drawn as most classes of maps are: else a name alone would tell that it is asked for in vain.
+        absent = [self.maps.any_class(rng) for _ in range(rng.integers(1, MOST_ABSENT + 1))]
         found = questions_of_map(map_GG, self.model.classes, absent, rng, self.options.mix)
         return found[: MOST_CLASSES + MOST_ABSENT]
 
@@ -437,10 +438,11 @@ class _Probe(nn.Module):
 
 
 class _Topics:
-    """Which class an expression is about: the one whose name it holds, the longest if several do."""
+    """Which class an expression is about: the one whose name it holds, for one or for all, the longest if several do."""
 
     def __init__(self, classes: Sequence[str]) -> None:
-        self._classes = sorted(enumerate(classes), key=lambda pair: -len(pair[1]))
+        names = [(number, called) for number, name in enumerate(classes) for called in (name, plural(name))]
+        self._classes = sorted(names, key=lambda pair: -len(pair[1]))
         self._known: dict[str, int] = {}
 
     def of(self, text: str) -> int:
@@ -477,7 +479,9 @@ def new_model(
         projector.orders_GD.copy_(directions(sizes.grid) * ORDER_SHARE)
         projector.gap_D.copy_(directions(1)[0] * LENGTH_SHARE)
         projector.unused_D.copy_(directions(1)[0])
-    llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=options.seed)
+    # Where a core has no tiles (AMX) for it, PyTorch multiplies bfloat16 slower than float32.
+    dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=options.seed, dtype=dtype)
     return Model(projector, nn.Linear(sizes.width, 4), llama, tuple(classes))
 
 
