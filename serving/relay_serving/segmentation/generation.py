@@ -70,6 +70,8 @@ class Spoken:
             text=self.text + more.text,
             token_ids=self.token_ids + more.token_ids,
             prompt_tokens=self.prompt_tokens or more.prompt_tokens,
+            # Of the prompt that was asked: what follows is asked with the answer's beginning, which is cached too.
+            cached_tokens=self.cached_tokens if self.prompt_tokens else more.cached_tokens,
         )
 
 

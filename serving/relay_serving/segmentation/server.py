@@ -36,6 +36,7 @@ def install(engine_client: Any, state: Any, settings: RelaySettings) -> Segmenta
     refiner = resolve_refiner(settings.refiner, cache_folder() / "models")
     refining = None if refiner is None else Refining(refiner, timeout=settings.refiner_timeout)
     reader = _reader(model_config, profile, refining)
+    _leave_squares_alone(model_config.multimodal_config, profile)
     generator = Generator(chat, engine_client)
     tokenizer = generator.tokenizer
     grammars = Grammars(
@@ -66,6 +67,12 @@ def _speak_as_trained(chat: Any, online_renderer: Any, profile: SegmentationProf
     """Descriptors were trained in the family's own words; the template a model was published with may have others."""
     template = profile.family.conversation.chat_template()
     chat.chat_template = online_renderer.chat_template = template
+
+
+def _leave_squares_alone(multimodal_config: Any, profile: SegmentationProfile) -> None:
+    """What the family needs of the processor, which runs in this process; what `--mm-processor-kwargs` chose stays."""
+    needed, chosen = profile.family.mm_processor_kwargs, multimodal_config.mm_processor_kwargs or {}
+    multimodal_config.mm_processor_kwargs = {**needed, **chosen} or None
 
 
 def _reader(model_config: Any, profile: SegmentationProfile, refining: Refining | None) -> PictureReader:

@@ -171,6 +171,11 @@ def test_an_impossible_config_is_refused_by_name(name, change, field):
 # ------------------------------------------------------------------------------------------------ grid
 
 
+def test_internvl2_has_the_towers_side_where_none_is_forced():
+    family = family_of(INTERNVL2 | {"force_image_size": None, "vision_config": {"image_size": 224, "patch_size": 14}})
+    assert (family.image_side, family.num_image_tokens) == (224, 64)
+
+
 @pytest.mark.parametrize(
     ("model_id", "written", "grid", "opening"),
     [

@@ -438,7 +438,7 @@ class _Probe(nn.Module):
 
 
 class _Topics:
-    """Which class an expression is about: the one whose name it holds, for one or for all, the longest if several do."""
+    """Which class an expression is about: the one whose name, or plural, it holds; the longest if several do."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         names = [(number, called) for number, name in enumerate(classes) for called in (name, plural(name))]

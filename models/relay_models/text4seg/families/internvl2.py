@@ -30,11 +30,22 @@ RESERVED = (
     "<img>",
     "</img>",
     "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
     "<|im_start|>",
     "<|im_end|>",
     "<|endoftext|>",
+    "<|action_start|>",
+    "<|action_end|>",
+    "<|interpreter|>",
+    "<|plugin|>",
     "<s>",
     "</s>",
+    "<unk>",
 )
 
 # InternVL2's own, which it was tuned with: "You are the multimodal model InternVL ... a useful and harmless assistant".
@@ -49,7 +60,9 @@ def from_config(config: Mapping[str, Any], model_id: str = "") -> Family | None:
     """
     if not has_architecture(config, ARCHITECTURE) or config.get("template") not in TEMPLATES:
         return None
-    side = config_int(config, "force_image_size", config_int(config, "vision_config.image_size", 448))
+    side = config_int(config, "vision_config.image_size", 448)
+    if config.get("force_image_size") is not None:  # upstream's class writes null where nothing is forced
+        side = config_int(config, "force_image_size", side)
     patch = config_int(config, "vision_config.patch_size", 14)
     tokenizer_begins_text = has_architecture(config_object(config, "llm_config"), "InternLM2ForCausalLM")
     cuts_always = config_int(config, "min_dynamic_patch", 1) > 1
