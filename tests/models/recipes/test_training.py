@@ -33,6 +33,7 @@ from relay_models.recipes.text4seg.training import (
     Data,
     Model,
     TrainingOptions,
+    _Topics,
     _Trainer,
     export,
     load_trained,
@@ -452,6 +453,12 @@ def test_an_answer_counts_more_where_the_map_shows_something_else(tokenizer) -> 
     exchange = made._exchange(question, map_GG, np.random.default_rng(0))
     counted = zip(exchange.weights, exchange.runs, strict=True)
     assert {cell // GRID for weight, (cell, *_) in counted if weight == DISTRACTED_WEIGHT} == {0}
+
+
+def test_an_expression_is_about_the_longest_name_it_holds_of_one_or_of_all() -> None:
+    topics = _Topics(["person", "dog", "hot dog", "knife"])
+    said = ("person", "all people", "the dogs", "the dog", "hot dogs", "a hot dog on a dog", "all knives", "hotdogs")
+    assert [topics.of(text) for text in said] == [0, 0, 1, 1, 2, 2, 3, -1]
 
 
 def test_heads_are_guided_to_what_tells_of_the_run(tokenizer) -> None:
