@@ -106,7 +106,7 @@ class Family:
         num_image_tokens: positions of the prompt that the picture fills; markers around it are not counted.
         conversation: the words around picture and question.
         reserved: strings with a meaning of their own for the tokenizer or the processor, which no question may hold.
-        mm_processor_kwargs: options without which the model's processor would change the square; empty where it needs none.
+        mm_processor_kwargs: options without which the processor would change the square; empty where there are none.
     """
 
     name: str
