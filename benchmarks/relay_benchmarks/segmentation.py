@@ -19,9 +19,10 @@ import base64
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +45,7 @@ CHAT_TOKENS = 64
 CROWD = 7  # requests beside one, to see what its batch changes
 TOP = 20  # candidates asked for where answers part
 TIMEOUT = 300.0
+QUIET = 2.0  # seconds before each measured turn: vLLM's processes poll for a second after their last message
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,18 @@ def compare(first: Server, other: Server, questions: Sequence[Question]) -> tupl
         for server in (first, other):
             server.segment(question)  # the picture is new to it, and what is measured begins with it cached
         order = (first, other) if i % 2 == 0 else (other, first)
-        said = {id(server): server.segment(question) for server in order}
-        talked = {id(server): server.chat(f"Tell me {i + 2} things about the sea.") for server in order}
+        chat = f"Tell me {i + 2} things about the sea."
+        said = {id(server): _in_quiet(partial(server.segment, question)) for server in order}
+        talked = {id(server): _in_quiet(partial(server.chat, chat)) for server in order}
         answers.append(Pair(said[id(first)], said[id(other)]))
         chats.append(Pair(talked[id(first)], talked[id(other)]))
     return answers, chats
+
+
+def _in_quiet(turn: Callable[[], Spoken]) -> Spoken:
+    """Take the turn when the other server, which may share the cores, has stopped polling."""
+    time.sleep(QUIET)
+    return turn()
 
 
 @dataclass(frozen=True)
