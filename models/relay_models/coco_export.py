@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from relay_models.errors import RelayModelsError
-from relay_models.masks import AnyMask, area, box, coco_rle
+from relay_models.masks import AnyMask, CocoRle, area, box, coco_rle, from_coco_rle
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,26 @@ class CocoMask:
     Attributes:
         image_id: of the `CocoImage` it belongs to.
         category: one of the category list.
-        mask: [H, W] bool or uint8, of the image's size. It may be empty: then area is 0 and bbox [0, 0, 0, 0].
+        mask: [H, W] bool or uint8, of the image's size, or its `coco_rle`, which takes less memory. It may be empty:
+            then area is 0 and bbox [0, 0, 0, 0].
         score: from 0 to 1, or None where nobody knows.
     """
 
     image_id: int
     category: str
-    mask: AnyMask
+    mask: AnyMask | CocoRle
     score: float | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        height, width = self.mask["size"] if isinstance(self.mask, dict) else self.mask.shape
+        return height, width
+
+    @property
+    def pixels(self) -> AnyMask:
+        """[H, W]."""
+        return from_coco_rle(self.mask) if isinstance(self.mask, dict) else self.mask
 
 
 def coco_dataset(
@@ -95,7 +107,7 @@ def coco_results(
         if score is None:
             raise RelayModelsError(f"masks[{index}].score is None; give missing_score to stand in for it")
         located = _located(mask, index, sizes, category_ids)
-        results.append({**located, "segmentation": coco_rle(mask.mask), "score": float(score)})
+        results.append({**located, "segmentation": coco_rle(mask.pixels), "score": float(score)})
     return results
 
 
@@ -126,9 +138,9 @@ def _located(
         raise RelayModelsError(f"masks[{index}].image_id, {mask.image_id}, is the id of no image")
     if mask.category not in category_ids:
         raise RelayModelsError(f"masks[{index}].category, {mask.category!r}, is not in categories")
-    if tuple(mask.mask.shape) != sizes[mask.image_id]:
+    if mask.size != sizes[mask.image_id]:
         raise RelayModelsError(
-            f"masks[{index}].mask has shape {list(mask.mask.shape)}, but image {mask.image_id} has [height, width] "
+            f"masks[{index}].mask has shape {list(mask.size)}, but image {mask.image_id} has [height, width] "
             f"{list(sizes[mask.image_id])}"
         )
     if mask.score is not None and not (math.isfinite(mask.score) and 0 <= mask.score <= 1):
@@ -137,11 +149,12 @@ def _located(
 
 
 def _shape(mask: CocoMask) -> dict[str, Any]:
-    x0, y0, x1, y1 = box(mask.mask) or (0, 0, 0, 0)
+    pixels_HW = mask.pixels
+    x0, y0, x1, y1 = box(pixels_HW) or (0, 0, 0, 0)
     return {
-        "segmentation": coco_rle(mask.mask),
+        "segmentation": coco_rle(pixels_HW),
         "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "area": area(mask.mask),
+        "area": area(pixels_HW),
         "iscrowd": 0,
     }
 

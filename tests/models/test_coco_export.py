@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 
 from relay_models.coco_export import CocoImage, CocoMask, coco_dataset, coco_results
 from relay_models.errors import RelayModelsError
-from relay_models.masks import area, box, png_bytes
+from relay_models.masks import area, box, coco_rle, png_bytes
 
 # pycocotools 2.0.11 has not learnt NumPy 2's copy keyword; only these tests use its decoder.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -125,6 +125,14 @@ def test_cocos_evaluation_finds_right_answers_right_and_wrong_ones_wrong(tmp_pat
     assert evaluated(tmp_path, truth, truth) == 1.0
     moved = [CocoMask(mask.image_id, mask.category, np.roll(mask.mask, 17, axis=1)) for mask in truth]
     assert evaluated(tmp_path, truth, moved) < 0.9
+
+
+def test_a_mask_may_be_its_rle():
+    rle = [CocoMask(mask.image_id, mask.category, coco_rle(mask.mask), mask.score) for mask in MASKS]
+    assert coco_dataset(IMAGES, CATEGORIES, rle) == coco_dataset(IMAGES, CATEGORIES, MASKS)
+    assert coco_results(IMAGES, CATEGORIES, rle) == coco_results(IMAGES, CATEGORIES, MASKS)
+    with pytest.raises(RelayModelsError, match=r"masks\[0\].mask has shape \[1, 2\]"):
+        coco_dataset(IMAGES, CATEGORIES, [CocoMask(4, "others", coco_rle(np.ones((1, 2), dtype=np.bool_)))])
 
 
 def test_a_score_that_is_missing_must_be_stood_in_for():

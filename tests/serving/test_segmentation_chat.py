@@ -51,12 +51,12 @@ def check(segmentation: dict[str, Any], content: str, *, size: tuple[int, int] =
     """The masks are those of the descriptors in the text, decoded here once more."""
     (descriptor,) = decode_answer(content, height=GRID, width=GRID).descriptors
     written = segmentation["masks"]
-    expected = [label for label in descriptor.labels if label != "others"]
-    assert [mask["label"] for mask in written if mask["mask"]] == expected
+    expected = [label for label in descriptor.labels if label != "others"] or [None]
+    assert [mask["label"] for mask in written] == expected
     for entry in written:
-        if entry["mask"]:
-            pixels = masks.from_coco_rle({"size": entry["mask"]["size"], "counts": entry["mask"]["counts"]})
-            np.testing.assert_array_equal(pixels, upsample(descriptor.mask(entry["label"]), *size))
+        pixels = masks.from_coco_rle({"size": entry["mask"]["size"], "counts": entry["mask"]["counts"]})
+        np.testing.assert_array_equal(pixels, upsample(descriptor.mask(entry["label"] or "nothing"), *size))
+        assert entry["grid"] == [GRID, GRID]
 
 
 def test_a_whole_answer_carries_its_masks(client: openai.OpenAI) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from relay_serving.segmentation.generation import Spoken
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from relay_serving.segmentation.generation import Spoken, pieces_of
 
 
 def test_an_answer_that_went_on_counts_the_prompt_that_was_asked() -> None:
@@ -29,3 +32,26 @@ def test_the_token_that_ended_an_answer_is_taken_back_and_no_other() -> None:
     assert spoken.token_ids == [2, 5]
     spoken.take_back(frozenset({2}))
     assert spoken.token_ids == [2, 5]
+
+
+def llama_like(*tokens: str) -> Tokenizer:
+    """Decodes as LLaMA's tokenizers do: the space that a text begins with is dropped, bytes are put together."""
+    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, unk_token=tokens[0]))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces"),
+    [
+        (("▁the", "▁dog", "▁*", "1", "6"), ["the", " dog", " *", "1", "6"]),
+        (("<seg>", "▁", "café", "<0xE7>", "<0x8C>", "<0xAB>", "▁*"), ["<seg>", " ", "café", "", "", "猫", " *"]),
+    ],
+)
+def test_pieces_of_an_answer_add_up_to_its_text(tokens: tuple[str, ...], pieces: list[str]) -> None:
+    tokenizer = llama_like(*tokens)
+    ids = list(range(len(tokens)))
+    assert pieces_of(ids, tokenizer.decode) == pieces
+    assert "".join(pieces) == tokenizer.decode(ids)

@@ -24,7 +24,7 @@ expands any count, and returns an empty mask for a text that it cannot read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -278,6 +278,32 @@ def decode_answer(
 
     Args and raises as `decode`.
     """
+    return _decode_answer(text, lambda _body, _is_closed: (height, width), height, width, labels, format)
+
+
+def decode_on_its_own_grid(text: str, *, height: int, width: int, labels: Sequence[str] | None = None) -> Answer:
+    """As `decode_answer` of R-RLE, for a text that no grammar held to the grid.
+
+    A closed descriptor whose rows agree on another grid of the same proportions, such as 24 rows of 24 cells where 16
+    of 16 are due, is read on that one. Of other proportions it is one with rows that are short, long or missing.
+    """
+
+    def own_grid(body: str, is_closed: bool) -> tuple[int, int]:
+        inferred = infer_grid(body) if is_closed else None
+        fits = inferred is not None and inferred[0] * width == inferred[1] * height
+        return inferred if inferred is not None and fits else (height, width)
+
+    return _decode_answer(text, own_grid, height, width, labels, DescriptorFormat.R_RLE)
+
+
+def _decode_answer(
+    text: str,
+    grid_of: Callable[[str, bool], tuple[int, int]],
+    height: int,
+    width: int,
+    labels: Sequence[str] | None,
+    format: DescriptorFormat,
+) -> Answer:
     _check_grid(height, width)
     _check_labels(labels)
     descriptors: list[Descriptor] = []
@@ -286,8 +312,9 @@ def decode_answer(
         if len(descriptors) == MAX_BLOCKS:
             num_dropped += 1
             continue
+        grid = grid_of(body, is_closed)
         descriptors.append(
-            _decode(body, height, width, labels, DescriptorFormat(format), is_closed=is_closed, preamble=preamble)
+            _decode(body, *grid, labels, DescriptorFormat(format), is_closed=is_closed, preamble=preamble)
         )
     statuses = {descriptor.status for descriptor in descriptors}
     if num_dropped:

@@ -5,8 +5,9 @@ The body is read by hand, because its size is capped before it is read and a fil
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -18,16 +19,64 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
 from relay_serving.schemas.segmentation import MOST_IMAGES, SegmentationRequest
-from relay_serving.segmentation.errors import BodyTooLargeError, NotSegmentingError, RequestError
-from relay_serving.segmentation.service import AllDone, Event, QueryDone, RowReady, SegmentationService
+from relay_serving.segmentation.errors import BodyTooLargeError, BusyError, NotSegmentingError, RequestError
+from relay_serving.segmentation.service import (
+    RETRY_AFTER_SECONDS,
+    AllDone,
+    Event,
+    QueryDone,
+    RowReady,
+    SegmentationService,
+)
 
 LARGEST_BODY = 128 << 20
+LARGEST_BODIES = 512 << 20  # of all requests that are being answered, together
 LARGEST_FIELD = 1 << 20
+# What makes a parsed body larger than its text: pictures hold next to none of these, and 256 classes of 400 characters
+# no more than half as many.
+MOST_SEPARATORS = 1 << 18
+_SEPARATORS = (b",", b":", b"[", b"{")
 MOST_FIELDS = 1024
+_SHOWN = 200  # characters of a value, in a message
 _LISTS = ("expressions", "classes", "images")
 _FILES = ("image", "images", "file")
 
 router = APIRouter()
+
+
+class _Json(JSONResponse):
+    """In ASCII: half a surrogate pair, which JSON can say and UTF-8 cannot, comes back as it was said."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+class _Bodies:
+    """What the bodies of an app's requests hold together until their pictures are opened, in bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Callable[[int], None]]:
+        """Yields what takes the size of each piece of one body, and raises BusyError where there is no room for it."""
+        mine = 0
+
+        def hold(size: int) -> None:
+            nonlocal mine
+            if self._held + size > self._most:
+                raise BusyError(
+                    f"requests that are being read hold {self._held} bytes, of at most {self._most}: try again",
+                    retry_after=RETRY_AFTER_SECONDS,
+                )
+            self._held += size
+            mine += size
+
+        try:
+            yield hold
+        finally:
+            self._held -= mine
 
 
 @router.post("/v1/segmentations", response_model=None)
@@ -38,13 +87,28 @@ async def create_segmentation(raw_request: Request) -> Response:
         raise NotSegmentingError(
             "the served model answers without masks; serve one that segments, or say its grid with --relay-segmentation"
         )
-    request, uploads = await _read(raw_request)
-    if request.stream:
+    with raw_request.app.state.segmentation_bodies.held() as hold:
+        request, uploads = await _read(raw_request, hold)
+        is_stream = request.stream
         events = service.events(request, uploads)
-        first = await anext(events)  # so that a request that cannot be honoured is a 4xx, not a broken stream
+        del request, uploads  # the service lets the pictures' bytes go once they are opened
+        # Waited for even by a stream, so that a request that cannot be honoured is a 4xx and not a broken stream.
+        first = await _first(events, raw_request)
+    if first is None:
+        return Response(status_code=499)  # the client is gone
+    if is_stream:
         return StreamingResponse(_as_sse(first, events), media_type="text/event-stream")
-    response: Response | None = await _whole(service.events(request, uploads), raw_request)
-    return response or Response(status_code=499)  # the client is gone
+    response: Response | None = await _whole(events, raw_request)
+    return response or Response(status_code=499)
+
+
+@with_cancellation  # type: ignore[untyped-decorator]
+async def _first(events: AsyncGenerator[Event, None], raw_request: Request) -> Event:
+    try:
+        return await anext(events)
+    except BaseException:
+        await events.aclose()
+        raise
 
 
 @with_cancellation  # type: ignore[untyped-decorator]
@@ -52,7 +116,7 @@ async def _whole(events: AsyncGenerator[Event, None], raw_request: Request) -> R
     try:
         async for event in events:
             if isinstance(event, AllDone):
-                return JSONResponse(event.response.model_dump(mode="json"))
+                return _Json(event.response.model_dump(mode="json"))
     finally:
         await events.aclose()
     raise AssertionError("the service's events end with AllDone")
@@ -74,42 +138,49 @@ def _written(event: Event) -> dict[str, Any]:
             "object": "segmentation.row",
             "image_index": event.image_index,
             "query_index": event.query_index,
+            "block": event.block,
             "row": event.row,
             "runs": [{"label": label, "count": count} for label, count in event.runs],
         }
     if isinstance(event, QueryDone):
+        label_maps = [label_map.model_dump(mode="json") for label_map in event.label_maps]
+        more = {"label_maps": label_maps} if len(label_maps) > 1 else {}
         return {
             "object": "segmentation.results",
             "results": [result.model_dump(mode="json") for result in event.results],
-            "label_map": event.label_map.model_dump(mode="json") if event.label_map else None,
+            "label_map": label_maps[0] if label_maps else None,
+            **more,
         }
     whole = event.response.model_dump(mode="json", exclude={"results", "label_maps"})
     return {**whole, "object": "segmentation.completed"}
 
 
 def _sse(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
 
 
 # ---------------------------------------------------------------- reading the body
 
 
-async def _read(raw_request: Request) -> tuple[SegmentationRequest, list[bytes]]:
+async def _read(raw_request: Request, hold: Callable[[int], None]) -> tuple[SegmentationRequest, list[bytes]]:
     media_type = raw_request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in ("application/json", "multipart/form-data"):
         raise RequestError(
             f"Content-Type must be application/json or multipart/form-data, got {media_type or 'none'!r}",
             param="Content-Type",
         )
-    body = await _capped(raw_request)
+    body = await _capped(raw_request, hold)
     if media_type == "application/json":
         return _validated(_parsed_json(body)), []
     fields, uploads = await _read_form(raw_request, body)
     return _validated(fields), uploads
 
 
-async def _capped(raw_request: Request) -> bytes:
-    """The body; refused by its declared length before a byte of it is read, and by its real one while reading."""
+async def _capped(raw_request: Request, hold: Callable[[int], None]) -> bytes:
+    """The body; refused by its declared length before a byte of it is read, and by its real one while reading.
+
+    `hold` is told of every piece, and raises BusyError where the bodies of all requests are too much together.
+    """
     declared = raw_request.headers.get("content-length", "")
     if declared.isdigit() and len(declared) < 20 and int(declared) > LARGEST_BODY:
         raise BodyTooLargeError(f"the body has {declared} bytes; at most {LARGEST_BODY} are read", param="body")
@@ -118,11 +189,14 @@ async def _capped(raw_request: Request) -> bytes:
         size += len(piece)
         if size > LARGEST_BODY:
             raise BodyTooLargeError(f"the body has more than {LARGEST_BODY} bytes", param="body")
+        hold(len(piece))
         pieces.append(piece)
     return b"".join(pieces)
 
 
 def _parsed_json(body: bytes) -> dict[str, Any]:
+    if sum(body.count(separator) for separator in _SEPARATORS) > MOST_SEPARATORS:
+        raise BodyTooLargeError("the body holds far more values than a request has", param="body")
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -169,6 +243,9 @@ async def _split_form(form: FormData) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def _validated(fields: dict[str, Any]) -> SegmentationRequest:
+    unknown = next((name for name in fields if name not in SegmentationRequest.model_fields), None)
+    if unknown is not None:  # said here, for pydantic would list them all
+        raise RequestError(f"there is no field {unknown[:_SHOWN]!r}", param=unknown[:_SHOWN])
     try:
         return SegmentationRequest.model_validate(fields)
     except ValidationError as error:
@@ -180,13 +257,14 @@ def _validated(fields: dict[str, Any]) -> SegmentationRequest:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, str | int | float | bool) and len(str(value)) <= 200:
+    if isinstance(value, str | int | float | bool) and len(str(value)) <= _SHOWN:
         return f", got {value!r}"
     return ""
 
 
 def attach(app: FastAPI) -> None:
     """Add the route, and the way RequestError is reported on every route."""
+    app.state.segmentation_bodies = _Bodies(LARGEST_BODIES)
     app.include_router(router)
     app.add_exception_handler(RequestError, _report)
 
@@ -194,4 +272,4 @@ def attach(app: FastAPI) -> None:
 async def _report(raw_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return JSONResponse(error.body(), status_code=HTTPStatus(error.status).value, headers=headers)
+    return _Json(error.body(), status_code=HTTPStatus(error.status).value, headers=headers)

@@ -69,7 +69,7 @@ class SegmentationRequest(_Strict):
     stream: bool = False
     refiner: str | None = Field(default=None, max_length=LONGEST_EXPRESSION)
     temperature: float = Field(default=0.0, ge=0.0, le=2.0)
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     max_tokens: int | None = Field(default=None, ge=1)
     user: str | None = None
 
@@ -119,12 +119,15 @@ class SegmentationResult(BaseModel):
     """One expression, or one class of a class list, in one picture.
 
     Attributes:
+        block: which descriptor of the answer; only without a grammar can there be a second one.
         status: of the descriptor: complete, truncated, repaired, malformed, none (no mask in the answer), or error.
         repairs: what was mended, as names.
         warnings: what was known before the answer was generated, in words: a budget that may not suffice.
         empty: nothing was found: area 0, no box.
-        score: mean probability of the label tokens without the grammar; null unless asked for.
-        forced: the model ended its answer without a mask, and was made to go on.
+        score: mean probability of the tokens that spell the label, without the grammar (of `others`, where the label
+            is nowhere); null unless asked for.
+        forced: the model ended its answer without a mask and was made to go on, or was still talking where the grammar
+            allows no more talk.
         refiner: what made the mask from the coarse one, by name; or why the mask is the coarse one: `failed`
             (error, timeout, out of memory), `skipped` (it is empty), `kept` (the refined one had too little to do with
             it). Null where no refiner was used.
@@ -135,6 +138,7 @@ class SegmentationResult(BaseModel):
     index: int
     image_index: int
     query_index: int
+    block: int = 0
     expression: str | None = None
     label: str | None = None
     kind: Literal["semantic"] = "semantic"
@@ -163,10 +167,11 @@ class ImageFacts(BaseModel):
 
 
 class LabelMap(BaseModel):
-    """All labels of one query in one picture: an 8- or 16-bit greyscale PNG of indices into `labels`."""
+    """All labels of one descriptor of one picture: an 8- or 16-bit greyscale PNG of indices into `labels`."""
 
     image_index: int
     query_index: int
+    block: int = 0
     labels: list[str]
     png: str
 

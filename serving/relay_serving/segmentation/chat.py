@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest, ChatCompletionResponse
 from vllm.sampling_params import StructuredOutputsParams
 
-from relay_models.text4seg.codec import Answer, StreamDecoder, decode_answer
+from relay_models.text4seg.codec import Answer, StreamDecoder, decode_on_its_own_grid
 from relay_serving.schemas.segmentation import GrammarMode, MaskFormat
 from relay_serving.segmentation import results
 from relay_serving.segmentation.errors import RequestError
@@ -86,10 +86,10 @@ class SegmentingChat:
 
     async def create_chat_completion(self, request: ChatCompletionRequest, raw_request: Any = None) -> Any:
         """As OpenAIServingChat's. Raises RequestError for a picture or an option that cannot be used."""
+        self._refuse_what_speculation_refuses(request)
         if not _has_picture(request):
             return await self._chat.create_chat_completion(request, raw_request)
         options = ChatOptions.of(request)
-        self._refuse_what_speculation_refuses(request)
         pictures = await self._take_pictures(request)
         forced = as_segmentation_request(request)
         if options.grammar is GrammarMode.ON and not _is_constrained(request):
@@ -136,9 +136,13 @@ class SegmentingChat:
 
     def _add_masks(self, response: ChatCompletionResponse, pictures: Pictures, options: ChatOptions) -> None:
         for choice in response.choices:
-            answer = decode_answer(choice.message.content or "", height=self._profile.rows, width=self._profile.columns)
+            answer = self._read(choice.message.content or "")
             if answer.descriptors:
                 choice.message.segmentation = self._masks(answer, pictures, options)
+
+    def _read(self, text: str) -> Answer:
+        """The client's own grammar, or none, may have let it have another grid."""
+        return decode_on_its_own_grid(text, height=self._profile.rows, width=self._profile.columns)
 
     def _masks(self, answer: Answer, pictures: Pictures, options: ChatOptions) -> dict[str, Any]:
         written: list[dict[str, Any]] = []
@@ -149,18 +153,18 @@ class SegmentingChat:
             picture = pictures.opened[image_index]
             for found in results.masks_of(descriptor, picture.height, picture.width, None):
                 result = results.result_of(
-                    found, descriptor, write, index=len(written), image_index=image_index, query_index=block
+                    found,
+                    descriptor,
+                    write,
+                    index=len(written),
+                    image_index=image_index,
+                    query_index=block,
+                    block=block,
                 )
-                written.append(result.model_dump(exclude={"query_index"}) | {"block": block})
-            if len(descriptor.labels) == 1:
-                nothing = results.nothing_found(
-                    None, descriptor.preamble, index=len(written), image_index=image_index, query_index=block
-                )
-                nothing.status, nothing.text = descriptor.status.value, descriptor.text
-                written.append(nothing.model_dump(exclude={"query_index"}) | {"block": block})
+                written.append(result.model_dump(exclude={"query_index"}))
             if options.mask_format is MaskFormat.LABEL_MAP:
                 label_map = results.label_map_of(
-                    descriptor, picture.height, picture.width, image_index=image_index, query_index=block
+                    descriptor, picture.height, picture.width, image_index=image_index, query_index=block, block=block
                 )
                 label_maps.append({"index": block, **label_map.model_dump()})
         images = [
@@ -199,7 +203,7 @@ class SegmentingChat:
             delta["segmentation"] = {"rows": rows}
         if choice.get("finish_reason") is None:
             return [chunk]
-        answer = streamed.decoder.finish()
+        answer = self._read(streamed.text)
         before: list[dict[str, Any]] = []
         finish = {**chunk, "choices": [{**choice, "delta": {}}]}
         if delta.get("content") or delta.get("segmentation"):
@@ -213,9 +217,11 @@ class SegmentingChat:
 @dataclass
 class _StreamedChoice:
     decoder: StreamDecoder
-    rows_sent: int = field(default=0)
+    rows_sent: int = 0
+    text: str = ""
 
     def rows_of(self, text: str) -> list[dict[str, Any]]:
+        self.text += text
         rows = []
         for event in self.decoder.feed(text):
             rows.append(

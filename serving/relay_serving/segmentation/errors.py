@@ -54,3 +54,9 @@ class UnreachableMediaError(RequestError):
 
 class BusyError(RequestError):
     status = HTTPStatus.TOO_MANY_REQUESTS
+
+
+class QueryFailedError(RequestError):
+    """One query came to grief through no fault of the request."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR

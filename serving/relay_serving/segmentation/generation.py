@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
@@ -21,6 +21,8 @@ from vllm.sampling_params import SamplingParams
 
 from relay_serving.segmentation.errors import RequestError, UnknownModelError
 from relay_serving.segmentation.sampling import descriptor_sampling, scoring
+
+_HALF_CHARACTER = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,31 @@ class Generator:
     ) -> list[tuple[str, float]]:
         """Each token of an answer as text, with the probability the model itself gives it, free of any grammar."""
         start = len(prompt.token_ids)
+        pieces = pieces_of(token_ids, lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
         found: list[tuple[str, float]] = []
         async for output in self._engine_client.generate(
             prompt.followed_by(token_ids).engine_input, scoring(), request_id, lora_request=prompt.lora_request
         ):
-            for token_id, candidates in zip(token_ids, (output.prompt_logprobs or [])[start:], strict=False):
-                found.append((self.tokenizer.decode([token_id]), math.exp(candidates[token_id].logprob)))
+            for token_id, piece, candidates in zip(
+                token_ids, pieces, (output.prompt_logprobs or [])[start:], strict=False
+            ):
+                found.append((piece, math.exp(candidates[token_id].logprob)))
         return found
+
+
+def pieces_of(token_ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """What each token adds to the text before it.
+
+    A token alone may read otherwise: some tokenizers drop the space that a text begins with. Of tokens that share a
+    character the last has all of it.
+    """
+    pieces: list[str] = []
+    start = told = 0  # tokens [start, told) are the text that a new one is read after
+    for end in range(1, len(token_ids) + 1):
+        before, after = decode([*token_ids[start:told]]), decode([*token_ids[start:end]])
+        if after.endswith(_HALF_CHARACTER) or len(after) <= len(before):
+            pieces.append("")
+            continue
+        pieces.append(after[len(before) :])
+        start, told = told, end
+    return pieces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from relay_models import masks
 from relay_models.refine.interface import Outcome, RefinedMask
 from relay_models.text4seg import labels
-from relay_models.text4seg.codec import BACKGROUND, Descriptor, DescriptorStatus, RowEvent
+from relay_models.text4seg.codec import BACKGROUND, Answer, Descriptor, DescriptorStatus, RowEvent
 from relay_models.text4seg.geometry import upsample
 from relay_serving.schemas.segmentation import Component, LabelMap, MaskFormat, SegmentationResult
 
@@ -33,20 +33,24 @@ class MaskOptions:
 class FoundMask:
     """The part of a descriptor that carries one label, in a picture's own pixels."""
 
-    label: str
+    label: str | None  # None: the background alone was found
     value: int  # index of the label in the descriptor
     mask_HW: Mask  # noqa: N815
     refiner: str | None = None  # see SegmentationResult
 
 
-def masks_of(descriptor: Descriptor, height: int, width: int, wanted: Sequence[str] | None) -> list[FoundMask]:
-    """One mask for each wanted label, empty where the descriptor has none; without a list, for each label it has."""
+def masks_of(descriptor: Descriptor, height: int, width: int, wanted: Sequence[str] | None) -> Iterator[FoundMask]:
+    """One mask for each wanted label, empty where the descriptor has none; without a list, for each label it has.
+
+    One at a time: there may be hundreds, of millions of pixels each. A descriptor that has no label but the background
+    is one empty mask with no label.
+    """
     names = descriptor.labels[1:] if wanted is None else wanted
-    found = []
     for name in names:
         mask_HW = upsample(descriptor.mask(name), height, width)
-        found.append(FoundMask(name, descriptor.index_of(name) or 0, mask_HW))
-    return found
+        yield FoundMask(name, descriptor.index_of(name) or 0, mask_HW)
+    if not names:
+        yield FoundMask(None, 0, np.zeros((height, width), np.uint8))
 
 
 def refined(coarse: FoundMask, new: RefinedMask, refiner: str) -> FoundMask:
@@ -56,7 +60,14 @@ def refined(coarse: FoundMask, new: RefinedMask, refiner: str) -> FoundMask:
 
 
 def result_of(
-    found: FoundMask, descriptor: Descriptor, options: MaskOptions, *, index: int, image_index: int, query_index: int
+    found: FoundMask,
+    descriptor: Descriptor,
+    options: MaskOptions,
+    *,
+    index: int,
+    image_index: int,
+    query_index: int,
+    block: int = 0,
 ) -> SegmentationResult:
     """Everything about one mask that needs only its pixels and its descriptor."""
     box = masks.box(found.mask_HW)
@@ -64,7 +75,8 @@ def result_of(
         index=index,
         image_index=image_index,
         query_index=query_index,
-        label=labels.restore(found.label),
+        block=block,
+        label=None if found.label is None else labels.restore(found.label),
         status=descriptor.status.value,
         repairs=[repair.value for repair in descriptor.repairs],
         mask=write_mask(found, options.format),
@@ -118,6 +130,7 @@ def label_map_of(
     refined: Sequence[FoundMask] = (),
     image_index: int,
     query_index: int,
+    block: int = 0,
 ) -> LabelMap:
     """``refined`` are all of the descriptor's masks, no two of which overlap; without them, the grid is drawn."""
     label_map = upsample(descriptor.grid_HW, height, width)
@@ -128,6 +141,7 @@ def label_map_of(
     return LabelMap(
         image_index=image_index,
         query_index=query_index,
+        block=block,
         labels=[labels.restore(label) for label in descriptor.labels],
         png=_base64(masks.label_map_png(label_map)),
     )
@@ -140,39 +154,50 @@ def runs_of(event: RowEvent) -> tuple[tuple[str, int], ...]:
     )
 
 
-def label_probability(pieces: Sequence[tuple[str, float]], descriptor: Descriptor, answer: str) -> float | None:
-    """Mean probability of the tokens that spell the foreground's labels, or `others` where there is no foreground.
+def label_probability(
+    pieces: Sequence[tuple[str, float]], answer: Answer, block: int, label: str | None
+) -> float | None:
+    """Mean probability of the tokens that spell a label in one of an answer's descriptors, wherever it stands there.
+
+    Of those that spell `others`, where the label is nowhere. None where no token does.
 
     Args:
-        pieces: the answer's tokens as text, each with its probability.
-        descriptor: one of the answer's.
-        answer: the whole text.
+        pieces: the answer's tokens as text, each with its probability; together they hold the descriptors' texts.
+        label: as it stands in the descriptor.
     """
-    start = answer.find(descriptor.text, len(descriptor.preamble))
-    spans = [(start + begin, start + end) for begin, end in _label_spans(descriptor)]
-    position, span, inside = 0, 0, []
-    for text, probability in pieces:
-        end = position + len(text)
+    descriptor = answer.descriptors[block]
+    text = "".join(piece for piece, _ in pieces)
+    start = 0
+    for before in answer.descriptors[:block]:
+        start = text.find(before.text, start) + len(before.text)
+    start = text.find(descriptor.text, start)
+    if start < 0:
+        return None
+    spans_of = _label_spans(descriptor)
+    spans = spans_of.get(label or BACKGROUND) or spans_of.get(BACKGROUND, [])
+    position, span, inside = -start, 0, []
+    for piece, probability in pieces:
+        end = position + len(piece)
         while span < len(spans) and spans[span][1] <= position:
             span += 1
-        if span < len(spans) and spans[span][0] < end:
+        if span < len(spans) and spans[span][0] < max(end, position + 1):
             inside.append(probability)
         position = end
     return round(sum(inside) / len(inside), 6) if inside else None
 
 
-def _label_spans(descriptor: Descriptor) -> list[tuple[int, int]]:
-    """Where labels stand in a descriptor's text, as [start, end): the foreground's, or the background's if alone."""
-    foreground: list[tuple[int, int]] = []
-    background: list[tuple[int, int]] = []
+def _label_spans(descriptor: Descriptor) -> dict[str, list[tuple[int, int]]]:
+    """Where each of a descriptor's labels stands in its text, as [start, end) in order."""
+    spans: dict[str, list[tuple[int, int]]] = {}
     position = 0
     for piece in descriptor.text.replace("\n", "|").split("|"):
-        label = piece.rpartition("*")[0]
-        if label.strip():
-            span = (position + len(label) - len(label.lstrip()), position + len(label.rstrip()))
-            (background if labels.match_key(label) == BACKGROUND else foreground).append(span)
+        spelled = piece.rpartition("*")[0]
+        index = descriptor.index_of(spelled) if spelled.strip() else None
+        if index is not None:
+            start, end = position + len(spelled) - len(spelled.lstrip()), position + len(spelled.rstrip())
+            spans.setdefault(descriptor.labels[index], []).append((start, end))
         position += len(piece) + 1
-    return foreground or background
+    return spans
 
 
 def _base64(data: bytes) -> str:

@@ -58,6 +58,7 @@ def force(params: SamplingParams, *, temperature_was_asked: bool) -> SamplingPar
         frequency_penalty=0.0,
         min_tokens=0,
         stop=[],
+        stop_token_ids=[],  # the model's own ends of text are added after this
         bad_words=[],
         ignore_eos=False,
         repetition_detection=None,

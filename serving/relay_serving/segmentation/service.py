@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
+from vllm.v1.engine.exceptions import EngineDeadError
+
 from relay_models.coco_export import CocoImage, CocoMask, coco_dataset
 from relay_models.errors import LabelError
+from relay_models.masks import coco_rle
 from relay_models.text4seg import prompts
-from relay_models.text4seg.codec import OPEN_TAG, Answer, StreamDecoder
-from relay_models.text4seg.labels import BACKGROUND, restore, substitute
+from relay_models.text4seg.codec import OPEN_TAG, Answer, StreamDecoder, decode_on_its_own_grid
+from relay_models.text4seg.grammar import MAX_FREE_CHARACTERS
+from relay_models.text4seg.labels import BACKGROUND, match_key, restore, substitute
 from relay_serving.schemas.segmentation import (
+    MOST_IMAGES,
     GrammarMode,
     ImageFacts,
     LabelMap,
@@ -34,7 +40,7 @@ from relay_serving.schemas.segmentation import (
     Usage,
 )
 from relay_serving.segmentation import results
-from relay_serving.segmentation.errors import BusyError, RequestError
+from relay_serving.segmentation.errors import BusyError, QueryFailedError, RequestError
 from relay_serving.segmentation.generation import Generator, Prompt, Spoken
 from relay_serving.segmentation.grammars import Grammars
 from relay_serving.segmentation.media import Picture, PictureReader
@@ -43,7 +49,11 @@ from relay_serving.segmentation.refining import FAILED, Refining
 from relay_serving.segmentation.sampling import descriptor_sampling
 from relay_serving.settings import REFINER_NONE
 
+logger = logging.getLogger("vllm.relay")
+
 RETRY_AFTER_SECONDS = 2
+MOST_REFINED = 1 << 30  # pixels of the masks of one query, a byte each
+FINISHED = ("stop", "length")  # the engine's ways to end an answer that is one
 
 
 @dataclass(frozen=True)
@@ -71,16 +81,21 @@ class RowReady:
 
     image_index: int
     query_index: int
+    block: int
     row: int
     runs: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class QueryDone:
-    """A query's results: one for an expression, one for each class of a list."""
+    """A query's results: one for an expression, one for each class of a list, for each descriptor of its answer.
+
+    Attributes:
+        label_maps: one for each descriptor, where they are wanted.
+    """
 
     results: tuple[SegmentationResult, ...]
-    label_map: LabelMap | None = None
+    label_maps: tuple[LabelMap, ...] = ()
     coco_masks: tuple[CocoMask, ...] = ()
 
 
@@ -150,8 +165,9 @@ class SegmentationService:
         self._in_flight = 0
 
     async def warm(self) -> None:
-        """Have the engine compile what the first request would otherwise wait for. Raises RequestError."""
+        """Have the engine compile what the first requests would otherwise wait for. Raises RequestError."""
         await self._generator.warm_grammar(self._grammars.answer(()))
+        await self._generator.warm_grammar(self._grammars.answer(None))
 
     async def events(self, request: SegmentationRequest, uploads: Sequence[bytes] = ()) -> AsyncGenerator[Event, None]:
         """Rows, results, and the whole response last. Raises RequestError, before the first event only.
@@ -165,8 +181,14 @@ class SegmentationService:
         num_images = len(uploads) + len(request.image_urls())
         if not num_images:
             raise RequestError("image is missing: give a URL, or upload a file", param="image")
+        if num_images > MOST_IMAGES:
+            raise RequestError(
+                f"images: {num_images} pictures were sent, uploads and URLs together; at most {MOST_IMAGES} can be",
+                param="images",
+            )
         with self._admitted(len(queries) * num_images):
             pictures = await self._read_pictures(request, uploads)
+            request, uploads = request.model_copy(update={"image": None, "images": None}), ()  # they may be large
             account.image_seconds = time.perf_counter() - account.began
             async with contextlib.aclosing(self._answer_all(request, queries, pictures, account)) as events:
                 async for event in events:
@@ -242,7 +264,7 @@ class SegmentationService:
         image_index: int,
         account: _Account,
     ) -> None:
-        """Every end of a query is an event: results, an error of its own, or ours, which ends the request."""
+        """Every end of a query is an event: results, an error of its own, or the engine's end, and the request's."""
         try:
             if query.error is not None:
                 raise query.error
@@ -251,20 +273,24 @@ class SegmentationService:
                 events.put_nowait(event)
         except RequestError as error:
             events.put_nowait(QueryDone((_failed(query, image_index, error),)))
-        except Exception as error:  # handed to the reader of `events`, where it is raised
+        except EngineDeadError as error:  # handed to the reader of `events`, where it is raised
             events.put_nowait(error)
+        except Exception as error:
+            logger.exception("A query about %s failed.", query.field)
+            failure = QueryFailedError(f"the server failed to answer this: {type(error).__name__}", param=query.field)
+            events.put_nowait(QueryDone((_failed(query, image_index, failure),)))
 
     def _response(
         self, request: SegmentationRequest, pictures: list[Picture], done: list[QueryDone], account: _Account
     ) -> SegmentationResponse:
         found = sorted(
             (result for query in done for result in query.results),
-            key=lambda r: (r.image_index, r.query_index, r.index),
+            key=lambda r: (r.image_index, r.query_index, r.block, r.index),
         )
         for index, result in enumerate(found):
             result.index = index
-        label_maps = [query.label_map for query in done if query.label_map is not None]
-        label_maps.sort(key=lambda label_map: (label_map.image_index, label_map.query_index))
+        label_maps = [label_map for query in done for label_map in query.label_maps]
+        label_maps.sort(key=lambda label_map: (label_map.image_index, label_map.query_index, label_map.block))
         return SegmentationResponse(
             id=f"seg-{uuid4().hex}",
             created=int(time.time()),
@@ -313,13 +339,13 @@ class _AnsweredQuery:
             async for row in rows:
                 yield row
         self._account.add(self._spoken)
-        score = await self._score(prompt) if self._request.score else None
+        pieces = await self._scored_pieces(prompt) if self._request.score else None
         now = time.perf_counter()
         self._account.generate_seconds = max(self._account.generate_seconds, now - began)
         refined = await self._refine()
         self._account.refine_seconds = max(self._account.refine_seconds, time.perf_counter() - now)
         now = time.perf_counter()
-        done = await asyncio.get_running_loop().run_in_executor(None, self._make_results, score, refined)
+        done = await asyncio.get_running_loop().run_in_executor(None, self._make_results, pieces, refined)
         self._account.mask_seconds += time.perf_counter() - now
         yield done
 
@@ -329,6 +355,9 @@ class _AnsweredQuery:
         async for row in self._rows(prompt, self._grammar(may_refuse=may_refuse), ""):
             yield row
         refused = OPEN_TAG not in self._spoken.text and self._spoken.finish_reason != "length"
+        if may_refuse and not refused:
+            # A model that is still talking at the last character that free text may have can only end or draw.
+            self._is_forced = len(self._spoken.text.partition(OPEN_TAG)[0]) >= MAX_FREE_CHARACTERS
         if not (may_refuse and refused and self._request.on_refusal is OnRefusal.FORCE):
             return
         self._is_forced = True
@@ -355,9 +384,15 @@ class _AnsweredQuery:
                 for event in events:
                     yield self._row_ready(event)
         self._spoken = said.followed_by(spoken)
+        if spoken.finish_reason in FINISHED:
+            return
+        broken_off = f"the engine broke the answer off ({spoken.finish_reason or 'no reason given'})"
+        if OPEN_TAG not in self._spoken.text:
+            raise QueryFailedError(broken_off, param=self._query.field)
+        self._warnings.append(broken_off)
 
     def _row_ready(self, event: Any) -> RowReady:
-        return RowReady(self._image_index, self._query.index, event.row, results.runs_of(event))
+        return RowReady(self._image_index, self._query.index, event.block, event.row, results.runs_of(event))
 
     def _grammar(self, *, may_refuse: bool) -> str | None:
         if self._request.grammar is GrammarMode.OFF:
@@ -386,21 +421,23 @@ class _AnsweredQuery:
             ]
         return budget
 
-    async def _score(self, prompt: Prompt) -> float | None:
-        """Mean probability of the tokens that spell the label, as the model gives them without a grammar."""
-        answer = self._decoder.finish()
-        if not answer.descriptors:
+    async def _scored_pieces(self, prompt: Prompt) -> list[tuple[str, float]] | None:
+        """The answer's tokens, with the probability the model gives them without a grammar; None without a mask."""
+        if OPEN_TAG not in self._spoken.text:
             return None
-        said = self._spoken
-        pieces = await self._generator.token_probabilities(prompt, said.token_ids, f"{self._request_id}-score")
-        return results.label_probability(pieces, answer.descriptors[0], said.text)
+        return await self._generator.token_probabilities(prompt, self._spoken.token_ids, f"{self._request_id}-score")
+
+    def _answer(self) -> Answer:
+        """What was said; without our grammar, on the grid that it has."""
+        sides = {"height": self._profile.rows, "width": self._profile.columns}
+        return decode_on_its_own_grid(self._spoken.text, **sides, labels=self._query.labels)
 
     async def _refine(self) -> list[results.FoundMask] | None:
         """The answer's masks, refined or marked as not; None where no refiner is to be used, or there are no masks."""
         refining, view = self._service._refiner_of(self._request), self._picture.view
         if refining is None or view is None:
             return None
-        coarse = await asyncio.to_thread(self._coarse_masks)
+        coarse = await asyncio.to_thread(self._masks_to_refine)
         if not coarse:
             return None
         found = await refining.refine(
@@ -410,41 +447,55 @@ class _AnsweredQuery:
             return [replace(mask, refiner=FAILED) for mask in coarse]
         return [results.refined(mask, new, refining.name) for mask, new in zip(coarse, found, strict=True)]
 
-    def _coarse_masks(self) -> list[results.FoundMask]:
-        answer = self._decoder.finish()
-        if not answer.descriptors:
+    def _masks_to_refine(self) -> list[results.FoundMask]:
+        """Those of the answer's first descriptor; none where it is all background, or they need too much memory."""
+        answer = self._answer()
+        if not answer.descriptors or len(answer.descriptors[0].labels) == 1:
             return []
-        return results.masks_of(answer.descriptors[0], self._picture.height, self._picture.width, self._query.wanted)
+        num_masks = len(self._query.wanted or answer.descriptors[0].labels)
+        if num_masks * self._picture.height * self._picture.width > MOST_REFINED:
+            self._warnings.append(f"{num_masks} masks of this size are too many to be refined: they are coarse")
+            return []
+        return list(self._coarse_masks(answer, 0))
 
-    def _make_results(self, score: float | None, refined: list[results.FoundMask] | None) -> QueryDone:
-        answer = self._decoder.finish()
+    def _coarse_masks(self, answer: Answer, block: int) -> Iterator[results.FoundMask]:
+        picture = self._picture
+        return results.masks_of(answer.descriptors[block], picture.height, picture.width, self._query.wanted)
+
+    def _make_results(
+        self, pieces: list[tuple[str, float]] | None, refined: list[results.FoundMask] | None
+    ) -> QueryDone:
+        answer = self._answer()
         request, query, picture = self._request, self._query, self._picture
-        place = {"image_index": self._image_index, "query_index": query.index}
         if not answer.descriptors:
-            return QueryDone((self._nothing(answer, place),))
-        descriptor = answer.descriptors[0]
+            return QueryDone((self._nothing(answer),))
         write = results.MaskOptions(request.mask_format, request.components)
-        made, coco_masks = [], []
-        for index, found in enumerate(self._coarse_masks() if refined is None else refined):
-            result = results.result_of(found, descriptor, write, index=index, **place)
-            result.expression, result.score, result.forced = query.expression, score, self._is_forced
-            result.warnings = list(self._warnings)
-            made.append(result)
-            if request.coco and not result.empty:
-                coco_masks.append(CocoMask(self._image_index, result.label or "", found.mask_HW, score))
-        if not made:  # everything is background
-            nothing = self._nothing(answer, place)
-            nothing.status, nothing.text = descriptor.status.value, descriptor.text
-            made.append(nothing)
-        label_map = None
-        if request.mask_format is MaskFormat.LABEL_MAP:
-            label_map = results.label_map_of(descriptor, picture.height, picture.width, refined=refined or (), **place)
-        return QueryDone(tuple(made), label_map, tuple(coco_masks))
+        made: list[SegmentationResult] = []
+        coco_masks: list[CocoMask] = []
+        label_maps: list[LabelMap] = []
+        for block, descriptor in enumerate(answer.descriptors):
+            place = {"image_index": self._image_index, "query_index": query.index, "block": block}
+            drawn = refined if block == 0 and refined is not None else None
+            for found in self._coarse_masks(answer, block) if drawn is None else drawn:
+                score = results.label_probability(pieces, answer, block, found.label) if pieces else None
+                result = results.result_of(found, descriptor, write, index=len(made), **place)
+                result.expression, result.score, result.forced = query.expression, score, self._is_forced
+                result.warnings = list(self._warnings)
+                made.append(result)
+                if request.coco and not result.empty:
+                    coco_masks.append(CocoMask(self._image_index, result.label or "", coco_rle(found.mask_HW), score))
+            if request.mask_format is MaskFormat.LABEL_MAP:
+                label_maps.append(
+                    results.label_map_of(descriptor, picture.height, picture.width, refined=drawn or (), **place)
+                )
+        return QueryDone(tuple(made), tuple(label_maps), tuple(coco_masks))
 
-    def _nothing(self, answer: Answer, place: dict[str, int]) -> SegmentationResult:
+    def _nothing(self, answer: Answer) -> SegmentationResult:
         query = self._query
         label = restore(query.wanted[0]) if query.wanted and len(query.wanted) == 1 else None
-        result = results.nothing_found(label, answer.text, index=0, **place)
+        result = results.nothing_found(
+            label, answer.text, index=0, image_index=self._image_index, query_index=query.index
+        )
         result.expression, result.forced = query.expression, self._is_forced
         result.warnings = list(self._warnings)
         return result
@@ -461,7 +512,8 @@ def _queries_of(request: SegmentationRequest, check_text: Callable[[str, str], N
     if request.classes is not None:
         try:
             names = [_label(name, f"classes.{i}", check_text) for i, name in enumerate(request.classes)]
-            wanted = tuple(dict.fromkeys(name for name in names if name != BACKGROUND))
+            by_key = {match_key(name): name for name in reversed(names)}
+            wanted = tuple(by_key[key] for key in dict.fromkeys(map(match_key, names)) if key != BACKGROUND)
             question = prompts.question(prompts.Subject.classes(wanted))
         except LabelError as error:
             raise RequestError(str(error), param="classes") from error

@@ -26,6 +26,7 @@ from relay_models.text4seg.codec import (
     StreamDecoder,
     decode,
     decode_answer,
+    decode_on_its_own_grid,
     encode,
     infer_grid,
 )
@@ -674,3 +675,40 @@ def test_what_the_benchmark_times_is_the_mask():
         assert mask.dtype == np.uint8
         assert np.array_equal(mask, upsample(grid, 480, 640))
         assert 0 < mask.mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "grid"),
+    [
+        (24, 24, (24, 24)),
+        (16, 16, (16, 16)),
+        (8, 8, (8, 8)),
+        (15, 16, (16, 16)),
+        (16, 15, (16, 16)),
+        (17, 16, (16, 16)),
+    ],
+)
+def test_a_grid_of_the_same_proportions_is_read_as_it_is(rows: int, columns: int, grid: tuple[int, int]) -> None:
+    """24 rows of a "16" profile are a grid; 15 rows of 16 are one row too few."""
+    cells_HW = np.zeros((rows, columns), dtype=np.int64)
+    cells_HW[: rows // 2] = 1
+    text = f"<seg>{encode(cells_HW, ['others', 'cat'])}</seg>"
+    (descriptor,) = decode_on_its_own_grid(text, height=16, width=16).descriptors
+    assert descriptor.grid_HW.shape == grid
+    assert (descriptor.status is DescriptorStatus.COMPLETE) == (grid == (rows, columns))
+    assert int(descriptor.mask("cat").sum()) >= min(rows // 2, 16) * min(columns, 16)
+
+
+def test_an_open_descriptor_is_read_on_the_grid_that_is_due() -> None:
+    text = "<seg>cat *24\n cat *24\n"
+    (descriptor,) = decode_on_its_own_grid(text, height=16, width=16).descriptors
+    assert descriptor.grid_HW.shape == (16, 16)
+    assert descriptor.status is DescriptorStatus.TRUNCATED
+
+
+def test_other_grids_are_found_block_by_block() -> None:
+    body = encode(np.ones((4, 4), dtype=np.int64), ["others", "cat"])
+    text = f"<seg>{body}</seg> and <seg>{encode(np.ones((8, 8), dtype=np.int64), ['others', 'cat'])}</seg>"
+    answer = decode_on_its_own_grid(text, height=8, width=8)
+    assert [descriptor.grid_HW.shape for descriptor in answer.descriptors] == [(4, 4), (8, 8)]
+    assert answer.status is DescriptorStatus.COMPLETE
