@@ -152,8 +152,10 @@ def _component(number: int, label: int, stats: Indices, labels_HW: Labels) -> Co
 
 def coco_rle(mask: AnyMask) -> CocoRle:
     """COCO's run-length encoding by COCO's own code, ``counts`` as str, ready for JSON."""
-    mask_HW = _checked(mask)
-    rle = coco_mask.encode(np.asfortranarray(mask_HW.view(np.uint8)))
+    mask_HW = _checked(mask).view(np.uint8)
+    # Turning a mask to columns takes most of the time, and of a list of classes most masks are empty.
+    columns_HW = np.asfortranarray(mask_HW) if mask_HW.any() else np.zeros(mask_HW.shape, np.uint8, order="F")
+    rle = coco_mask.encode(columns_HW)
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 

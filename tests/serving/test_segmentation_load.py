@@ -119,6 +119,18 @@ def test_a_client_that_does_not_wait_for_a_whole_answer_ends_it(segmenting_serve
     assert metric(segmenting_server, "vllm:num_requests_running") == 0
 
 
+def test_a_client_that_leaves_a_stream_before_its_first_row_ends_it(segmenting_server: Any) -> None:
+    """Without a grammar a random model never opens a descriptor: nothing is sent until the answer ends."""
+    fields = {"image": picture_url(seed=3), "expressions": ["a", "b"], "stream": True, "grammar": "off"}
+    with contextlib.suppress(httpx.TimeoutException):
+        httpx.post(f"{segmenting_server.url}/v1/segmentations", json=fields, timeout=0.7)
+    running_at_first = metric(segmenting_server, "vllm:num_requests_running")
+    deadline = time.monotonic() + 2
+    while metric(segmenting_server, "vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert metric(segmenting_server, "vllm:num_requests_running") == 0, f"{running_at_first:.0f} ran at first"
+
+
 def test_too_many_at_once_are_told_when_to_come_back(segmenting_server: Any) -> None:
     """The server takes 40 queries at a time, so of three requests of 20 one has to wait."""
 
@@ -138,10 +150,10 @@ def test_hostile_bodies_are_refused_by_name_and_the_server_goes_on(segmenting_se
     bodies = hostile_bodies()
     assert len(bodies) >= 200
     with httpx.Client(base_url=segmenting_server.url, timeout=60) as client:
-        for name, headers, content in bodies:
-            answer = client.post("/v1/segmentations", content=content, headers=headers)
-            assert 400 <= answer.status_code < 500, f"{name}: {answer.status_code} {answer.text[:300]}"
+        for body in bodies:
+            answer = client.post("/v1/segmentations", content=body.content, headers=body.headers)
+            assert 400 <= answer.status_code < 500, f"{body.name}: {answer.status_code} {answer.text[:300]}"
             error = answer.json()["error"]
-            assert error["param"], f"{name}: {error}"
+            assert body.is_named_by(error["param"]), f"{body.name}: not {body.param} but {error}"
     good = ask(segmenting_server, image=picture_url(seed=5), expressions=["a"])
     assert good["results"][0]["status"] == "complete"
