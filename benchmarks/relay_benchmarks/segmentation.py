@@ -9,7 +9,8 @@ is asked alone and answered as a stream: the whole request runs from sending it 
 first piece of the answer to the last. Engine steps are read from the servers' own /metrics. Plain chat of a fixed
 length runs in between, on both. Where two greedy answers part, the model's own log probabilities at that place are
 asked for: `gap` is how far the first server's token lies above the other server's there, and `noise` the most that the
-log probability of one token moved on the first server when other requests shared its batch.
+log probability of one token moved on the first server when other requests shared its batch. `beyond_noise` counts the
+partings that are no near tie: whose own gap is above their own noise.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SEGMENTATION_COLUMNS = (
     *("time", "machine", "cpu", "cores", "commit", "relay_version", "vllm_version"),
     *("model", "dtype", "data", "other", "queries", "tokens", "steps", "other_steps"),
     *("whole_ms", "other_whole_ms", "whole_ratio", "decode_ms", "other_decode_ms", "decode_ratio"),
-    *("chat_ms", "other_chat_ms", "chat_ratio", "equal_answers", "largest_gap", "noise"),
+    *("chat_ms", "other_chat_ms", "chat_ratio", "equal_answers", "largest_gap", "noise", "beyond_noise"),
 )
 CHAT_TOKENS = 64
 CROWD = 7  # requests beside one, to see what its batch changes
@@ -257,6 +258,7 @@ def result_row(
         "equal_answers": sum(pair.first.text == pair.other.text for pair in answers),
         "largest_gap": round(max((parting.gap for parting in parted), default=0.0), 4),
         "noise": round(max((parting.noise for parting in parted), default=0.0), 4),
+        "beyond_noise": sum(parting.gap > parting.noise for parting in parted),
     }  # fmt: skip
 
 
@@ -292,7 +294,7 @@ def run(options: argparse.Namespace) -> dict[str, object]:
 
 def report(row: dict[str, object]) -> str:
     """For a person."""
-    shown = ("queries", "tokens", "steps", "other_steps", "equal_answers", "largest_gap", "noise")
+    shown = ("queries", "tokens", "steps", "other_steps", "equal_answers", "largest_gap", "noise", "beyond_noise")
     timed = [
         (name, *(str(row[f"{prefix}{key}_ms"]) for prefix in ("", "other_")), str(row[f"{key}_ratio"]))
         for name, key in (("whole request", "whole"), ("decoding", "decode"), ("plain chat", "chat"))

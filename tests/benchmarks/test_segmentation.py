@@ -62,6 +62,13 @@ def spoken(text: str, whole_ms: float, decode_ms: float, steps: int) -> Spoken:
     return Spoken(text, tokens=10, steps=steps, whole_ms=whole_ms, decode_ms=decode_ms)
 
 
+def test_a_parting_is_held_against_its_own_noise() -> None:
+    answers = [Pair(spoken("a", 1.0, 1.0, 1), spoken("b", 1.0, 1.0, 1))] * 3
+    parted = [Parting(0, 0.02, 0.5), Parting(1, 0.2, 0.1), Parting(2, 0.0, 0.0)]
+    row = result_row(OPTIONS, "m", answers, answers, parted)
+    assert (row["largest_gap"], row["noise"], row["beyond_noise"]) == (0.2, 0.5, 1)
+
+
 def test_a_row_holds_medians_of_pairs_and_totals() -> None:
     answers = [
         Pair(spoken("a", 100.0, 80.0, 10), spoken("a", 50.0, 20.0, 4)),
@@ -74,6 +81,6 @@ def test_a_row_holds_medians_of_pairs_and_totals() -> None:
     assert (row["whole_ms"], row["other_whole_ms"], row["whole_ratio"]) == (200.0, 150.0, 0.75)
     assert row["decode_ratio"] == 0.375, "what had nothing to decode has no ratio"
     assert (row["steps"], row["other_steps"], row["tokens"]) == (30, 15, 30)
-    assert (row["equal_answers"], row["largest_gap"], row["noise"]) == (2, 0.02, 0.03)
+    assert (row["equal_answers"], row["largest_gap"], row["noise"], row["beyond_noise"]) == (2, 0.02, 0.03, 0)
     assert row["chat_ratio"] == 1.1
     assert "0.375" in report(row)
