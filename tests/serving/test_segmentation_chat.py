@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from relay_models import masks
-from relay_models.text4seg.codec import decode_answer
+from relay_models.text4seg.codec import Repair, decode_answer
 from relay_models.text4seg.geometry import upsample
 from tiny_server import GRID, MODEL, picture_url
 
@@ -154,20 +154,29 @@ def test_usage_is_streamed_as_ever(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens > 0
 
 
-def test_the_grammar_holds_once_a_descriptor_is_opened(client: openai.OpenAI) -> None:
-    """Free text until `<seg>`, which the question puts into the model's mouth; from there on only rows."""
-    messages = [
-        *about(picture_part()),
-        {"role": "assistant", "content": "Here it is:\n"},
-    ]
+def test_the_grammar_holds_once_a_descriptor_is_opened(client: openai.OpenAI, segmenting_server: Any) -> None:
+    """Random weights that are pushed to write pieces of `<seg>` soon open one: from there on only rows."""
+    asked = {"model": MODEL, "prompt": "<seg>", "add_special_tokens": False}
+    pieces = httpx.post(f"{segmenting_server.url}/tokenize", json=asked).json()["tokens"]
     answer = client.chat.completions.create(
         model=MODEL,
-        messages=messages,
-        max_tokens=1200,
-        extra_body={"continue_final_message": True, "add_generation_prompt": False},
+        messages=about(picture_part()),
+        n=8,
+        temperature=1.0,
+        seed=3,
+        max_tokens=1500,
+        logit_bias={str(token): 20 for token in pieces},
     )
-    # Random weights do not open a descriptor by themselves; that free text stays free is what can be seen here.
-    assert answer.choices[0].message.content
+    closed = 0
+    for choice in answer.choices:
+        decoded = decode_answer(choice.message.content, height=GRID, width=GRID)
+        for descriptor in decoded.descriptors:
+            if Repair.TRUNCATED in descriptor.repairs:
+                assert choice.finish_reason == "length"
+                continue
+            closed += 1
+            assert set(descriptor.repairs) <= {Repair.SEPARATOR, Repair.LABEL_NORMALISED}, descriptor.text
+    assert closed >= 4, [choice.message.content[-200:] for choice in answer.choices]
 
 
 def test_masks_of_several_pictures_name_theirs(client: openai.OpenAI) -> None:
