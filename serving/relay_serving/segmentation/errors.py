@@ -26,7 +26,7 @@ class RequestError(RelayServingError):
 
     @property
     def type(self) -> str:
-        return self.status.phrase.title().replace(" ", "") + "Error"
+        return self.status.phrase.title().replace(" ", "").removesuffix("Error") + "Error"
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.status.value}}
