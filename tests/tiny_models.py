@@ -14,6 +14,7 @@ import torch
 IMAGE_TOKEN = "<image>"
 VOCABULARY_MULTIPLE = 64  # llava-hf pads its embeddings to a multiple of 64 after adding <image> and <pad>
 CONTEXT_TOKENS = 4096
+LEANING = 20.0  # so large that not even a temperature of 2 draws another token
 
 
 def make_tiny_llava(
@@ -67,6 +68,31 @@ def make_tiny_llava(
     model.save_pretrained(folder)
     _name_weights_as_published(folder / "model.safetensors")
     processor.save_pretrained(folder)
+    return folder
+
+
+def make_leaning_llava(folder: Path, token: str) -> Path:
+    """Write a `make_tiny_llava` that says one token wherever it may, whatever it is asked; the rest is as random.
+
+    Its residual stream carries a constant that no layer reads or writes, and of which its head makes that token.
+    """
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    file = make_tiny_llava(folder) / "model.safetensors"
+    token_id = AutoTokenizer.from_pretrained(folder).get_vocab()[token]
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if not name.startswith("language_model"):
+            continue
+        if name.endswith("embed_tokens.weight"):
+            weight[:, 0] = LEANING
+        elif name.endswith(("layernorm.weight", "o_proj.weight", "down_proj.weight")):
+            weight[0] = 0
+        elif name.endswith("lm_head.weight"):
+            weight[:, 0] = 0
+            weight[token_id, 0] = LEANING * weight.abs().max()
+    save_file(weights, file, metadata={"format": "pt"})
     return folder
 
 

@@ -25,7 +25,9 @@ from relay_models.errors import ImageError
 from relay_models.images import ImageLimits, open_image
 from relay_serving.segmentation.errors import BodyTooLargeError, RequestError, UnreachableMediaError
 
+LONGEST_URL = 8192  # characters, but for data URLs: as much as web servers take
 _SHOWN = 64  # characters of a URL in a message
+_TOLD = 400  # of what others say about it
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,21 @@ class PictureReader:
             return self._decode_data_url(url, field)
         if not url.lower().startswith(("http://", "https://", "file:")):
             raise RequestError(f"{field} must be a data, http, https or file URL, got {_shown(url)}", param=field)
+        if len(url) > LONGEST_URL:
+            raise RequestError(
+                f"{field} is a URL of {len(url)} characters; at most {LONGEST_URL} are read: {_shown(url)}", param=field
+            )
         try:
             data: bytes = await self._connector.load_from_url_async(
                 url, self._media_io, fetch_timeout=self._fetch_timeout
             )
             return data
         except (RuntimeError, ValueError) as error:  # vLLM's own refusals: domains, local paths, malformed URLs
-            raise RequestError(f"{field}: {error}", param=field) from error
+            raise RequestError(f"{field}: {str(error)[:_TOLD]}", param=field) from error
         except (VLLMError, aiohttp.ClientError, requests.RequestException, OSError) as error:
             raise UnreachableMediaError(
-                f"{field}: {_shown(url)} could not be fetched: {str(error) or type(error).__name__}", param=field
+                f"{field}: {_shown(url)} could not be fetched: {str(error)[:_TOLD] or type(error).__name__}",
+                param=field,
             ) from error
 
     def _decode_data_url(self, url: str, field: str) -> bytes:
