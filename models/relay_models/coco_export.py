@@ -44,10 +44,9 @@ class CocoMask:
     score: float | None = None
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(H, W)."""
-        height, width = self.mask["size"] if isinstance(self.mask, dict) else self.mask.shape
-        return height, width
+    def size(self) -> tuple[int, ...]:
+        """(H, W), where the mask is one."""
+        return tuple(self.mask["size"] if isinstance(self.mask, dict) else self.mask.shape)
 
     @property
     def pixels(self) -> AnyMask:

@@ -30,7 +30,7 @@ from relay_serving.segmentation.service import (
 )
 
 LARGEST_BODY = 128 << 20
-LARGEST_BODIES = 512 << 20  # of all requests that are being answered, together
+LARGEST_BODIES = 512 << 20  # of all requests whose pictures are not opened yet, together
 LARGEST_FIELD = 1 << 20
 # What makes a parsed body larger than its text: pictures hold next to none of these, and 256 classes of 400 characters
 # no more than half as many.
