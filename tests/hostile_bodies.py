@@ -89,7 +89,7 @@ def _bad_fields() -> list[Body]:
         "temperature": [-1, 3, "hot", None, [], 1e400, float("nan")],
         "seed": ["x", 1.5, []],
         "max_tokens": [0, -1, "x", 1.5, []],
-        "model": [3, [], {}, "nobody"],
+        "model": [3, [], {}, "nobody", "x" * 2000],
         "coco": ["perhaps", 3],
         "unheard_of": [1],
         "__proto__": [1],
@@ -139,6 +139,7 @@ def _bad_json() -> list[Body]:
         "a huge number": b'{"temperature": ' + b"9" * 10_000 + b"}",
         "nulls": b"\0" * 1000,
         "HTML": b"<html></html>",
+        "a field without a name": b'{"": 1}',
     }
     wrong_types = ["", "text/plain", "application/xml", "image/png", "application/x-www-form-urlencoded"]
     return [
@@ -164,9 +165,11 @@ def _bad_forms() -> list[Body]:
         Body("form with an empty expression", "expressions.0", *_form({"expressions": b""}, good)),
         Body("form with a bad URL", "images.0", *_form({"expressions": b"a", "images": b"x"}, good)),
         Body("form with nothing to look for", "body", *_form({}, good)),
-        Body(
-            "form with a cut picture and a field of no text", "image", *_form({"expressions": b"\xff\xfe"}, good[:20])
-        ),
+        Body("form with a field that is no text", "expressions", *_form({"expressions": b"\xff\xfe"}, good)),
+        Body("form with an expression in Latin-1", "expressions", *_form({"expressions": b"caf\xe9"}, good)),
+        Body("form that ends in a picture", "body", head, _form({"expressions": b"a"}, good)[1][:-30]),
+        Body("form without its last boundary", "body", head, _form({"expressions": b"a"}, good)[1][: -len("--\r\n")]),
+        Body("form of nine pictures", "images", head, _pictures(boundary, good, 9)),
     ]
 
 
@@ -187,6 +190,13 @@ def _form(fields: dict[str, bytes], picture: bytes | None, *, name: str = "image
             b"Content-Type: image/png\r\n\r\n%s\r\n" % (boundary, name.encode(), picture)
         )
     return {"content-type": "multipart/form-data; boundary=frontier"}, b"".join(parts) + b"--%s--\r\n" % boundary
+
+
+def _pictures(boundary: bytes, picture: bytes, count: int) -> bytes:
+    _, one = _form({"expressions": b"a"}, picture)
+    parts = one.removesuffix(b"--%s--\r\n" % boundary).partition(b"--" + boundary + b"\r\n")[2]
+    words, _, file = parts.partition(b"--" + boundary + b"\r\n")
+    return b"".join(b"--%s\r\n%s" % (boundary, part) for part in [words, *[file] * count]) + b"--%s--\r\n" % boundary
 
 
 def _twice(boundary: bytes) -> bytes:

@@ -108,7 +108,7 @@ def test_a_model_that_ends_its_answer_is_made_to_draw(
 
 
 def test_what_it_said_before_stays_said(refusing: httpx.Client) -> None:
-    """Forced or not, the answer begins in the same way: it is gone on with, not asked for anew."""
+    """Forced or not, the answer begins in the same way."""
     (forced,) = ask(refusing, expressions=["the dog"])
     (returned,) = ask(refusing, expressions=["the dog"], on_refusal="return")
     assert returned["answer"].strip()

@@ -41,6 +41,7 @@ class ScriptedGenerator:
 
     def __init__(self, script: dict[str, Sequence[tuple[str, str | None] | Exception]]) -> None:
         self._script = {key: list(parts) for key, parts in script.items()}
+        self.heard: list[list[int]] = []  # the prompts, as tokens
 
     async def check_model(self, model: str | None) -> None:
         pass
@@ -53,6 +54,7 @@ class ScriptedGenerator:
         part = self._script[prompt.engine_input["key"]].pop(0)
         if isinstance(part, Exception):
             raise part
+        self.heard.append(prompt.token_ids)
         text, finish_reason = part
         yield Spoken(text, [5, 0], finish_reason, prompt_tokens=1)
 
@@ -62,10 +64,11 @@ class OnePicture:
         return Picture(Image.new("RGB", (8, 8)), "id", width=6, height=4)
 
 
-def answered(script: dict[str, Any], *, uploads: int = 1, **fields: Any) -> SegmentationResponse:
+def answered(script: dict[str, Any] | ScriptedGenerator, *, uploads: int = 1, **fields: Any) -> SegmentationResponse:
+    generator = script if isinstance(script, ScriptedGenerator) else ScriptedGenerator(script)
     service = SegmentationService(
         OnePicture(),  # type: ignore[arg-type]
-        ScriptedGenerator(script),  # type: ignore[arg-type]
+        generator,  # type: ignore[arg-type]
         SegmentationProfile(FAMILY),
         Grammars(GRID, GRID, len),
         model_name="m",
@@ -106,13 +109,20 @@ def test_the_rows_of_an_answer_that_breaks_off_are_kept() -> None:
 
 
 def test_a_refusal_is_made_to_go_on_and_says_so() -> None:
-    (result,) = answered({"cat": [("No cat.", "stop"), (f"\n{EMPTY}", "stop")]}, expressions=["cat"]).results
+    generator = ScriptedGenerator({"cat": [("No cat.", "stop"), (f"\n{EMPTY}", "stop")]})
+    (result,) = answered(generator, expressions=["cat"]).results
     assert (result.status, result.forced, result.empty, result.answer) == ("complete", True, True, "No cat.\n")
+    assert generator.heard == [[1], [1, 5]], "it goes on after what it said, the end of the text taken back"
 
 
 def test_a_refusal_may_be_had() -> None:
     (result,) = answered({"cat": [("No cat.", "stop")]}, expressions=["cat"], on_refusal="return").results
     assert (result.status, result.forced, result.mask, result.answer) == ("none", False, None, "No cat.")
+
+
+def test_talk_that_is_cut_before_a_mask_was_not_forced_to_draw_one() -> None:
+    (result,) = answered({"cat": [("x" * MAX_FREE_CHARACTERS, "length")]}, expressions=["cat"], max_tokens=20).results
+    assert (result.status, result.forced) == ("none", False)
 
 
 @pytest.mark.parametrize(("talk", "forced"), [(MAX_FREE_CHARACTERS, True), (MAX_FREE_CHARACTERS - 1, False)])

@@ -14,11 +14,12 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from vllm.entrypoints.serve.utils.api_utils import with_cancellation
 
-from relay_serving.schemas.segmentation import MOST_IMAGES, SegmentationRequest
+from relay_serving.schemas.segmentation import SegmentationRequest
 from relay_serving.segmentation.errors import BodyTooLargeError, BusyError, NotSegmentingError, RequestError
 from relay_serving.segmentation.service import (
     RETRY_AFTER_SECONDS,
@@ -37,6 +38,7 @@ LARGEST_FIELD = 1 << 20
 MOST_SEPARATORS = 1 << 18
 _SEPARATORS = (b",", b":", b"[", b"{")
 MOST_FIELDS = 1024
+MOST_FILES = 64  # read to be counted: fewer are answered
 _SHOWN = 200  # characters of a value, in a message
 _LISTS = ("expressions", "classes", "images")
 _FILES = ("image", "images", "file")
@@ -166,7 +168,7 @@ async def _read(raw_request: Request, hold: Callable[[int], None]) -> tuple[Segm
     media_type = raw_request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in ("application/json", "multipart/form-data"):
         raise RequestError(
-            f"Content-Type must be application/json or multipart/form-data, got {media_type or 'none'!r}",
+            f"Content-Type must be application/json or multipart/form-data, got {media_type[:_SHOWN] or 'none'!r}",
             param="Content-Type",
         )
     body = await _capped(raw_request, hold)
@@ -212,18 +214,21 @@ async def _read_form(raw_request: Request, body: bytes) -> tuple[dict[str, Any],
 
     try:
         form = await MultiPartParser(
-            raw_request.headers, once(), max_files=MOST_IMAGES, max_fields=MOST_FIELDS, max_part_size=LARGEST_FIELD
+            raw_request.headers, once(), max_files=MOST_FILES, max_fields=MOST_FIELDS, max_part_size=LARGEST_FIELD
         ).parse()
     except (MultiPartException, KeyError, ValueError) as error:
         message = getattr(error, "message", None) or str(error)
         raise RequestError(f"the multipart body cannot be read: {message}", param="body") from error
     try:
-        return await _split_form(form)
+        _, options = parse_options_header(raw_request.headers["content-type"])
+        if b"--" + options[b"boundary"] + b"--" not in body:  # the parser drops what is cut in silence
+            raise RequestError("the multipart body is cut short: its last boundary is missing", param="body")
+        return await _split_form(form, body)
     finally:
         await form.close()
 
 
-async def _split_form(form: FormData) -> tuple[dict[str, Any], list[bytes]]:
+async def _split_form(form: FormData, body: bytes) -> tuple[dict[str, Any], list[bytes]]:
     """Fields as JSON would have them, and the files' bytes."""
     fields: dict[str, Any] = {}
     uploads: list[bytes] = []
@@ -233,6 +238,8 @@ async def _split_form(form: FormData) -> tuple[dict[str, Any], list[bytes]]:
             if name not in _FILES:
                 raise RequestError(f"{name}: a file must be sent as image", param=name)
             uploads.append(await value.read())
+        elif not value.isascii() and value.encode("utf-8", "replace") not in body:  # read as something else in silence
+            raise RequestError(f"{name} is not UTF-8", param=name)
         elif name in _LISTS:
             fields.setdefault(name, []).append(value)
         elif name in fields:
@@ -245,7 +252,7 @@ async def _split_form(form: FormData) -> tuple[dict[str, Any], list[bytes]]:
 def _validated(fields: dict[str, Any]) -> SegmentationRequest:
     unknown = next((name for name in fields if name not in SegmentationRequest.model_fields), None)
     if unknown is not None:  # said here, for pydantic would list them all
-        raise RequestError(f"there is no field {unknown[:_SHOWN]!r}", param=unknown[:_SHOWN])
+        raise RequestError(f"there is no field {unknown[:_SHOWN]!r}", param=unknown[:_SHOWN] or "body")
     try:
         return SegmentationRequest.model_validate(fields)
     except ValidationError as error:

@@ -15,6 +15,7 @@ MOST_IMAGES = 8
 MOST_EXPRESSIONS = 64
 MOST_CLASSES = 256
 LONGEST_EXPRESSION = 400  # characters
+LONGEST_NAME = 1024  # of a model: a path may be one
 
 
 class MaskFormat(StrEnum):
@@ -54,7 +55,7 @@ class SegmentationRequest(_Strict):
     the one that the server was started with, which is also used where nothing is said.
     """
 
-    model: str | None = None
+    model: str | None = Field(default=None, max_length=LONGEST_NAME)
     image: str | ImageUrl | None = None
     images: list[str | ImageUrl] | None = Field(default=None, min_length=1, max_length=MOST_IMAGES)
     expressions: list[Expression] | None = Field(default=None, min_length=1, max_length=MOST_EXPRESSIONS)

@@ -355,7 +355,7 @@ class _AnsweredQuery:
         async for row in self._rows(prompt, self._grammar(may_refuse=may_refuse), ""):
             yield row
         refused = OPEN_TAG not in self._spoken.text and self._spoken.finish_reason != "length"
-        if may_refuse and not refused:
+        if may_refuse and OPEN_TAG in self._spoken.text:
             # A model that is still talking at the last character that free text may have can only end or draw.
             self._is_forced = len(self._spoken.text.partition(OPEN_TAG)[0]) >= MAX_FREE_CHARACTERS
         if not (may_refuse and refused and self._request.on_refusal is OnRefusal.FORCE):
