@@ -230,14 +230,14 @@ def photos() -> list[tuple[bytes, str]]:
     assert len(chosen) == 20
     found = []
     for number, record in enumerate(chosen):
-        image = Image.open(SEG_TINY / "images" / record["file"]).convert("RGB")
+        image = Image.open(SEG_TINY / "images" / Path(record["file"]).name).convert("RGB")
         largest = max(record["instances"], key=lambda instance: box_area(instance["box"]))
         if number < 6:
             data = jpeg(image, orientation=3 + number)
         elif number < 10:
             data = png(half_transparent(image))
         else:
-            data = (SEG_TINY / "images" / record["file"]).read_bytes()
+            data = (SEG_TINY / "images" / Path(record["file"]).name).read_bytes()
         found.append((data, largest["label"]))
     return found
 
