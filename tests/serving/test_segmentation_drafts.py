@@ -49,14 +49,17 @@ def test_drafts_change_no_answer_and_are_accepted(drafting_server: Any, segmenti
     assert metric(drafting_server, "vllm:spec_decode_num_accepted_tokens_total") > 0
 
 
+@pytest.mark.parametrize("pictures", [1, 0])
 @pytest.mark.parametrize(("name", "value"), [("min_p", 0.1), ("logit_bias", {"5": 1.0})])
-def test_what_speculation_refuses_is_a_400_that_names_it(drafting_server: Any, name: str, value: Any) -> None:
-    part = {"type": "image_url", "image_url": {"url": picture_url(seed=1)}}
+def test_what_speculation_refuses_is_a_400_that_names_it(
+    drafting_server: Any, name: str, value: Any, pictures: int
+) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": picture_url(seed=1)}}] * pictures
     answer = httpx.post(
         f"{drafting_server.url}/v1/chat/completions",
         json={
             "model": "tiny-llava",
-            "messages": [{"role": "user", "content": [part, {"type": "text", "text": "hello"}]}],
+            "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "hello"}]}],
             name: value,
         },
         timeout=60,

@@ -11,17 +11,21 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from vllm.sampling_params import SamplingParams
 
+from relay_models.refine.interface import Outcome, RefinedMask
 from relay_models.text4seg.families import llava15
 from relay_models.text4seg.families.registry import require_family
 from relay_models.text4seg.grammar import MAX_FREE_CHARACTERS
 from relay_serving.routes.segmentations import _Bodies
 from relay_serving.schemas.segmentation import SegmentationRequest, SegmentationResponse
+from relay_serving.segmentation import service
 from relay_serving.segmentation.errors import BusyError, RequestError
 from relay_serving.segmentation.generation import Prompt, Spoken
 from relay_serving.segmentation.grammars import Grammars
 from relay_serving.segmentation.media import Picture
 from relay_serving.segmentation.profile import SegmentationProfile
+from relay_serving.segmentation.sampling import force
 from relay_serving.segmentation.service import AllDone, SegmentationService
 
 GRID = 2
@@ -61,22 +65,40 @@ class ScriptedGenerator:
 
 class OnePicture:
     async def read_bytes(self, data: bytes, field: str) -> Picture:
-        return Picture(Image.new("RGB", (8, 8)), "id", width=6, height=4)
+        return Picture(Image.new("RGB", (8, 8)), "id", width=6, height=4, view=Image.new("RGB", (8, 8)))
 
 
-def answered(script: dict[str, Any] | ScriptedGenerator, *, uploads: int = 1, **fields: Any) -> SegmentationResponse:
+class CountingRefiner:
+    """Gives masks back as they are, and counts them."""
+
+    name = "counting"
+    refined = 0
+
+    async def refine(self, view: Any, picture_id: str, height: int, width: int, coarse: Sequence[Any]) -> list[Any]:
+        self.refined += len(coarse)
+        return [RefinedMask(mask.astype(bool), Outcome.REFINED) for mask in coarse]
+
+
+def answered(
+    script: dict[str, Any] | ScriptedGenerator,
+    *,
+    uploads: int = 1,
+    refiner: CountingRefiner | None = None,
+    **fields: Any,
+) -> SegmentationResponse:
     generator = script if isinstance(script, ScriptedGenerator) else ScriptedGenerator(script)
-    service = SegmentationService(
+    answering = SegmentationService(
         OnePicture(),  # type: ignore[arg-type]
         generator,  # type: ignore[arg-type]
         SegmentationProfile(FAMILY),
         Grammars(GRID, GRID, len),
         model_name="m",
         most_queries=64,
+        refining=refiner,  # type: ignore[arg-type]
     )
 
     async def run() -> SegmentationResponse:
-        async for event in service.events(SegmentationRequest.model_validate(fields), [b""] * uploads):
+        async for event in answering.events(SegmentationRequest.model_validate(fields), [b""] * uploads):
             if isinstance(event, AllDone):
                 return event.response
         raise AssertionError("no end")
@@ -158,6 +180,26 @@ def test_a_free_answer_is_read_on_its_own_grid() -> None:
     four = "<seg>" + "cat *2| others *2\n cat *4\n others *4\n others *4\n" + "</seg>"
     (result,) = answered({"cat": [(four, "stop")]}, expressions=["cat"], grammar="off").results
     assert (result.status, result.grid, result.box) == ("complete", (4, 4), (0, 0, 6, 2))
+
+
+@pytest.mark.parametrize(("most", "refined"), [(48, 2), (47, 0)])
+def test_masks_that_need_too_much_memory_stay_coarse_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, most: int, refined: int
+) -> None:
+    monkeypatch.setattr(service, "MOST_REFINED", most)
+    refiner = CountingRefiner()
+    response = answered({"cat": [(CAT, "stop")]}, classes=["cat", "dog"], refiner=refiner)
+    assert refiner.refined == refined
+    assert [result.area for result in response.results] == [18, 0]
+    for result in response.results:
+        assert result.refiner == ("counting" if refined else None)
+        assert bool(result.warnings) is not bool(refined)
+
+
+def test_nothing_but_the_end_of_the_text_ends_a_descriptor() -> None:
+    params = SamplingParams(stop=["cat"], stop_token_ids=[5], min_tokens=3, repetition_penalty=1.2)
+    forced = force(params, temperature_was_asked=False)
+    assert (forced.stop, forced.stop_token_ids, forced.min_tokens, forced.repetition_penalty) == ([], [], 0, 1.0)
 
 
 def test_uploads_and_urls_are_counted_together() -> None:

@@ -106,11 +106,7 @@ async def create_segmentation(raw_request: Request) -> Response:
 
 @with_cancellation  # type: ignore[untyped-decorator]
 async def _first(events: AsyncGenerator[Event, None], raw_request: Request) -> Event:
-    try:
-        return await anext(events)
-    except BaseException:
-        await events.aclose()
-        raise
+    return await anext(events)  # where it is cancelled, it ends the events
 
 
 @with_cancellation  # type: ignore[untyped-decorator]
