@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 # A class is on the map if some cell shows it at least this likely. So low because what is small, or rare in training,
 # is never likely.
-PRESENT_ABOVE = 0.03
+PRESENT_ABOVE = 0.015
 # Of a cell at an outline, or of a rare thing, "nothing that has a name" is often far likelier although it is there.
 NAMED_ABOVE = 0.1
 

@@ -139,6 +139,12 @@ def test_a_right_that_is_no_side_is_dropped(text):
     "text",
     [
         "the topleft dog",
+        "guy on lft",
+        "rt guy",
+        "the dog at 3 o'clock",
+        "the boat on the port side",
+        "the starboard one",
+        "the eastern gate",
         "the dog at his left_hand",
         "the leftish dog",
         "the dog that left",
@@ -267,7 +273,8 @@ def test_random_windows_are_inside_and_large_enough():
 
 
 def four(*samples: Sample) -> Sample:
-    return mosaic([*samples, *[sample()] * (4 - len(samples))], 200)
+    """A mosaic of them and, where there are fewer than four, of photos in which people found nothing."""
+    return mosaic([*samples, *[sample(marked_by_hand=True)] * (4 - len(samples))], 200)
 
 
 def test_a_mosaic_puts_four_pictures_side_by_side():
@@ -342,10 +349,20 @@ def test_a_mosaic_drops_kinds_of_things():
 
 def test_in_a_mosaic_absent_is_what_no_part_may_show():
     one = sample(DOG, absent=("kite", "person", "bus", "boat"), unsure=("cup",))
-    assert four(one, sample(absent=("cup",))).photo.absent == ("kite", "person", "bus", "boat")
+    by_hand = {"marked_by_hand": True}
+    assert four(one, sample(absent=("cup",), **by_hand)).photo.absent == ("kite", "person", "bus", "boat")
     assert four(one, sample(LEFT)).photo.absent == ("kite", "bus", "boat")
-    assert four(one, sample(unsure=("bus",))).photo.absent == ("kite", "person", "boat")
-    assert four(one, sample(labelled_classes=("bus",), absent=("boat",))).photo.absent == ("bus", "boat")
+    assert four(one, sample(unsure=("bus",), **by_hand)).photo.absent == ("kite", "person", "boat")
+    assert four(one, sample(labelled_classes=("bus",), absent=("boat",), **by_hand)).photo.absent == ("bus", "boat")
+
+
+def test_what_a_model_did_not_find_is_not_absent_in_a_mosaic():
+    one = sample(DOG, absent=("kite", "bus"))
+    found_by_model = sample(replace(LEFT, is_pseudo=True), absent=("bus",))
+    assert four(one, found_by_model).photo.absent == ("bus",)
+    assert four(one, sample(is_negative=True, absent=("kite",))).photo.absent == ("kite",)
+    assert not four(one, found_by_model).photo.is_all_by_hand
+    assert four(one, sample(LEFT)).photo.is_all_by_hand
 
 
 def test_in_a_mosaic_a_class_is_complete_where_it_is_in_every_part():
@@ -372,6 +389,37 @@ def test_a_mosaic_takes_four():
 
 
 # ---------------------------------------------------------------- copy and paste
+
+
+def pasted(shown: Sample, donor: Sample, id: int) -> Photo:
+    changes = (copy_paste(shown, donor, id, np.random.default_rng(seed)) for seed in range(20))
+    return next(changed for changed in changes if changed is not shown).photo
+
+
+def test_what_a_paste_may_bring_along_is_not_absent():
+    """A donor in which only people are marked may hold a tie, and one that is unsure about cups, a cup."""
+    shown = sample(DOG, absent=("kite", "tie", "cup"))
+    assert pasted(shown, sample(RIGHT), 1).absent == ("kite", "tie", "cup")
+    assert pasted(shown, sample(replace(RIGHT, is_pseudo=True), absent=("kite",)), 1).absent == ("kite",)
+    unsure = pasted(shown, sample(RIGHT, unsure=("cup",)), 1)
+    assert (unsure.absent, unsure.unsure) == (("kite", "tie"), ("cup",))
+    people_only = pasted(shown, sample(RIGHT, labelled_classes=("person",), absent=("kite",)), 1)
+    assert (people_only.absent, people_only.labelled_classes) == (("kite",), ("person",))
+
+
+def test_a_paste_into_what_people_did_not_mark_proves_nothing():
+    assert pasted(sample(DOG), sample(RIGHT), 1).is_all_by_hand
+    negative = pasted(sample(is_negative=True, absent=("kite",)), sample(RIGHT), 1)
+    assert not negative.is_all_by_hand
+    assert not negative.surely_lacks("bus")
+    assert negative.surely_lacks("kite")
+
+
+def test_donors_in_which_only_some_classes_are_marked_give_nothing():
+    augmentation = Augmentation(flip=0, crop=0, copy_paste=1, mosaic=0)
+    shown, donor = sample(DOG), sample(RIGHT, labelled_classes=("person",))
+    for seed in range(10):
+        assert augmentation.apply(shown, lambda: donor, np.random.default_rng(seed)) is shown
 
 
 def test_a_paste_adds_an_instance_and_checks_what_is_said():

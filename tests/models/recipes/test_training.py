@@ -350,6 +350,7 @@ def test_what_is_there_and_what_is_surely_not() -> None:
     pseudo = replace(by_hand, instances=(replace(square, is_pseudo=True),))
     squares_alone = replace(by_hand, labelled_classes=("square",))
     blank = replace(by_hand, instances=(), absent=("square", "star"))
+    pasted_into = replace(by_hand, absent=("triangle",), marked_by_hand=False)
     speck = Instance.of(1, "circle", corner())
     vanished = cell_targets(replace(by_hand, instances=(square, speck)), GRID, classes)
     for photo, there, absent in (
@@ -357,6 +358,7 @@ def test_what_is_there_and_what_is_surely_not() -> None:
         (pseudo, {"square"}, {"circle"}),
         (squares_alone, {"square"}, {"circle"}),
         (blank, set(), {"square"}),
+        (pasted_into, {"square"}, {"triangle"}),
     ):
         targets = cell_targets(photo, GRID, classes)
         assert {classes[number - 1] for number in np.flatnonzero(targets.is_there_K)} == there

@@ -12,10 +12,12 @@ The changes: `flip`, `crop`, `mosaic` of four, `copy_paste`; `Augmentation` draw
         position, size, relation: any change but a flip keeps an expression only if it is one of the sentences
             understood here (`holds`), and it holds in the new picture by a margin.
         A flip swaps left and right in the words of every kind, and drops an expression in which a word for a side
-            cannot be told from something else ("the dog that left", "the topleft dog").
+            cannot be told from something else ("the dog that left", "the topleft dog"), or has no mirrored form here
+            ("at 3 o'clock", "starboard").
     classes that are sides ("left lung"): a photo that names one is not flipped.
     `absent`: only what no part of the new picture may show. A class of which a crop cut everything off becomes absent.
-    `unsure`, `labelled_classes`: a class is complete in a picture made of several only where it is in each of them.
+    `unsure`, `labelled_classes`: a class is complete in a picture made of several only where it is in each of them, be
+        it just one object that is pasted: its mask may hold part of something else.
     `is_crowd`, `is_group`, `is_pseudo`: stay with their masks.
 
 Equal photos and state of the generator give equal results.
@@ -53,6 +55,12 @@ MIN_VISIBLE = 0.3  # of an instance, below which a paste that covers it is not m
 
 _SWAPPED = {"left": "right", "right": "left"}
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand|handed|side)?\b)", re.IGNORECASE)
+# What tells a side and has no mirrored form here: "guy on lft", "at 3 o'clock", "port side", "the east end".
+_OTHER_SIDE = re.compile(
+    r"\b(?:lft|lt|letf|rt|rgh?t|rigth|righ|o['’ ]?clock|(?:anti|counter)?-?clockwise|port(?:side)?|starboard"
+    r"|(?:north|south)?-?(?:east|west)(?:ern(?:most)?|wards?|bound)?)\b",
+    re.IGNORECASE,
+)
 # Whatever may say a side: "left", "topleft", "left_hand", "lung L"; and those of such words that never do.
 _WORD_WITH_SIDE = re.compile(r"\w*(?:left|right)\w*|(?<![^\W_])[lr](?![^\W_])", re.IGNORECASE)
 _NEVER_A_SIDE = re.compile(r"(?:al|b|copy|f|up|(?:play|ship|wheel)?w)right[a-z]*|leftovers?|clefts?", re.IGNORECASE)
@@ -129,7 +137,7 @@ def mirrored(text: str) -> str | None:
 
     None where a word may be a side, or may not.
     """
-    if _NO_SIDE.search(text) or not all(_is_surely_side(match) for match in _sides(text)):
+    if _NO_SIDE.search(text) or _OTHER_SIDE.search(text) or not all(_is_surely_side(match) for match in _sides(text)):
         return None
     return _SIDE.sub(lambda match: _in_case_of(match.group(1), _SWAPPED[match.group(1).lower()]), text)
 
@@ -237,20 +245,22 @@ def mosaic(samples: Sequence[Sample], side: int) -> Sample:
     return Sample(image, replace(whole, expressions=_kept(told, None, whole)))
 
 
+def _labelled_in_all(parts: Sequence[Photo]) -> tuple[str, ...] | None:
+    limits = [set(part.labelled_classes) for part in parts if part.labelled_classes is not None]
+    if not limits:
+        return None
+    in_all = set.intersection(*limits)
+    return tuple(dict.fromkeys(label for part in parts for label in part.labelled_classes or () if label in in_all))
+
+
 def _joined(parts: Sequence[Photo], whole: Photo) -> Photo:
     """``whole`` with what is known of the classes in a picture of these parts."""
-    limits = [set(part.labelled_classes) for part in parts if part.labelled_classes is not None]
-    labelled = None
-    if limits:
-        in_all = set.intersection(*limits)
-        labelled = tuple(
-            dict.fromkeys(label for part in parts for label in part.labelled_classes or () if label in in_all)
-        )
+    labelled = _labelled_in_all(parts)
     unsure = tuple(dict.fromkeys(label for part in parts for label in part.unsure))
     candidates = dict.fromkeys(label for part in parts for label in part.absent)
     present = set(whole.labels)
     absent = tuple(
-        label for label in candidates if label not in present and all(_is_absent(part, label) for part in parts)
+        label for label in candidates if label not in present and all(part.surely_lacks(label) for part in parts)
     )
     return replace(
         whole,
@@ -258,16 +268,10 @@ def _joined(parts: Sequence[Photo], whole: Photo) -> Photo:
         labelled_classes=labelled,
         absent=absent,
         is_negative=all(part.is_negative for part in parts),
+        marked_by_hand=all(part.is_all_by_hand for part in parts),
         source="+".join(dict.fromkeys(part.source for part in parts)),
         folder=parts[0].folder,
     )
-
-
-def _is_absent(part: Photo, label: str) -> bool:
-    """Whether the part surely does not show the class: it says so, or the class is complete there and has no mask."""
-    if label in part.absent:
-        return True
-    return part.is_complete(label) and label not in part.labels
 
 
 # ---------------------------------------------------------------- copy and paste
@@ -298,11 +302,15 @@ def copy_paste(sample: Sample, donor: Sample, id: int, rng: np.random.Generator)
         rest.append(_with_mask(instance, left_HW))
     new = replace(found[0], id=max((instance.id for instance in rest), default=-1) + 1)
     instances = (*rest, _with_mask(new, mask_HW))
+    # The mask of what is pasted may hold what the donor leaves unmarked: a person's tie, the cup in a hand.
     changed = replace(
         photo,
         instances=instances,
-        absent=tuple(label for label in photo.absent if label != new.label),
+        absent=tuple(label for label in photo.absent if label != new.label and donor.photo.surely_lacks(label)),
+        unsure=tuple(dict.fromkeys((*photo.unsure, *donor.photo.unsure))),
+        labelled_classes=_labelled_in_all((photo, donor.photo)),
         is_negative=False,
+        marked_by_hand=photo.is_all_by_hand and donor.photo.is_all_by_hand,
     )
     pixels_HW3 = np.where(mask_HW[:, :, None], image_HW3, np.asarray(sample.image))
     kept = _kept(photo.expressions, photo, changed)
@@ -617,11 +625,18 @@ class Augmentation:
 
 
 def _pasted_at_random(sample: Sample, donor: Sample, rng: np.random.Generator) -> Sample:
-    """One object of the donor's, of a class that is complete in the sample, so that it can be asked for there."""
+    """One object of the donor's, of a class that is complete in both, so that it can be asked for.
+
+    None of a donor in which only some classes are marked: all others would be unknown in the whole picture.
+    """
+    if donor.photo.labelled_classes is not None:
+        return sample
     fitting = [
         instance.id
         for instance in donor.photo.instances
-        if instance.is_one_object and sample.photo.is_complete(instance.label)
+        if instance.is_one_object
+        and sample.photo.is_complete(instance.label)
+        and donor.photo.is_complete(instance.label)
     ]
     if not fitting:
         return sample

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relay_models.recipes.text4seg.dataset import Photo
-from relay_models.recipes.text4seg.questions import instance_cells, known_absent
+from relay_models.recipes.text4seg.questions import instance_cells
 
 NOT_AN_OBJECT = -1
 
@@ -54,7 +54,6 @@ def cell_targets(photo: Photo, grid: int, classes: Sequence[str]) -> CellTargets
         top, left = rows.min(), columns.min()
         height, width = rows.max() + 1 - top, columns.max() + 1 - left
         shapes[index] = np.array([left + width / 2, top + height / 2, width, height]) / grid
-    absent = _surely_absent(photo, classes)
     centres = (np.arange(grid) + 0.5) / grid
     shape_GG4 = shapes[owner_GG]
     shape_GG4[..., 0] -= centres[None, :]
@@ -65,12 +64,5 @@ def cell_targets(photo: Photo, grid: int, classes: Sequence[str]) -> CellTargets
         shape_GG4.reshape(-1, 4),
         (owner_GG != NOT_AN_OBJECT).reshape(-1),
         np.isin(np.arange(len(classes) + 1), class_GG[class_GG > 0]),
-        np.array([False, *(name in absent for name in classes)]),
+        np.array([False, *(photo.surely_lacks(name) for name in classes)]),
     )
-
-
-def _surely_absent(photo: Photo, classes: Sequence[str]) -> set[str]:
-    is_by_hand = bool(photo.instances) and not any(instance.is_pseudo for instance in photo.instances)
-    if not is_by_hand or photo.labelled_classes is not None:
-        return set(known_absent(photo))
-    return {name for name in classes if name not in photo.labels and name not in photo.unsure}

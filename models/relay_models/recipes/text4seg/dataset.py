@@ -126,6 +126,8 @@ class Photo:
         is_negative: known to show no object of the data set's classes.
         source: where it comes from, for reports.
         folder: what `file` is relative to.
+        marked_by_hand: whether people marked every object in it, as far as classes are annotated; None where its
+            instances tell.
     """
 
     file: str
@@ -139,6 +141,7 @@ class Photo:
     is_negative: bool = False
     source: str = ""
     folder: Path = Path()
+    marked_by_hand: bool | None = None
 
     @property
     def path(self) -> Path:
@@ -152,6 +155,22 @@ class Photo:
     def is_complete(self, label: str) -> bool:
         """Whether the masks of this class are all there, if only there are none."""
         return label not in self.unsure and (self.labelled_classes is None or label in self.labelled_classes)
+
+    @property
+    def is_all_by_hand(self) -> bool:
+        """Whether people marked every object in it. Where nothing is marked, that is not known."""
+        if self.marked_by_hand is not None:
+            return self.marked_by_hand
+        return bool(self.instances) and not any(instance.is_pseudo for instance in self.instances)
+
+    def surely_lacks(self, label: str) -> bool:
+        """Whether it says that this class is not in it, or people marked all of it and there is no mask of this class.
+
+        A model that found nothing is no proof.
+        """
+        if label in self.labels or label in self.unsure:
+            return False
+        return label in self.absent or (self.is_all_by_hand and self.is_complete(label))
 
     def class_mask(self, label: str) -> BoolMask:
         """[H, W]: the union of the masks of this class, crowds and groups included."""
@@ -230,6 +249,7 @@ def load_jsonl(path: str | Path, image_folder: str | Path) -> list[Photo]:
         `expressions`: each `text`, `ids`, `kind` (one of `EXPRESSION_KINDS`)
         `absent`, `unsure`, `labelled_classes`: lists of classes
         `negative`: true or false
+        `marked_by_hand`: true or false: whether people marked every object; told by `provenance` where it is missing
         `source`: text
     Other fields are not read. Blank lines are skipped.
 
@@ -265,6 +285,7 @@ def _jsonl_photo(record: _Record, image_folder: Path) -> Photo:
         record.flag("negative"),
         record.text("source", default=""),
         image_folder,
+        marked_by_hand=record.flag("marked_by_hand") if "marked_by_hand" in record.value else None,
     )
     _check_consistent(photo, record)
     return photo

@@ -80,6 +80,8 @@ def record_of(photo: Photo) -> dict[str, Any]:
     }
     if photo.labelled_classes is not None:
         record["labelled_classes"] = list(photo.labelled_classes)
+    if photo.marked_by_hand is not None:
+        record["marked_by_hand"] = photo.marked_by_hand
     return record
 
 

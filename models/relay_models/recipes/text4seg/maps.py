@@ -25,7 +25,7 @@ Map = npt.NDArray[np.int64]
 
 EMPTY, TRUE = 0.04, 0.2  # of maps, how many begin with nothing, and as masks say; the others as the projector sees it
 DRAWN_ON, SPECKLED = 0.6, 0.5  # how many get shapes, and single cells, of other classes
-MOST_SHAPES, MOST_SPECKLES = 5, 12
+MOST_SHAPES, MOST_SPECKLES = 5, 20
 RENAMED = 0.75  # how many show any classes in place of theirs, for most classes are rare and all are to be read alike
 LARGEST = 11  # cells that a shape is wide or high
 
