@@ -104,8 +104,9 @@ def _trained_relay_seg(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
         training["mix"] = replace(recipe.training.mix, num_absent=given["absent"])
     recipe = replace(recipe, training=replace(recipe.training, **training))
     recipe = replace(recipe, **{name: given[name] for name in ("variants", "start") if name in given})
-    if "warmup_minutes" in given:
-        recipe = replace(recipe, warmup=replace(recipe.warmup, minutes=given["warmup_minutes"]))
+    of_warmup = {"warmup_minutes": "minutes", "seed": "seed"}
+    warmup = {theirs: given[ours] for ours, theirs in of_warmup.items() if ours in given}
+    recipe = replace(recipe, warmup=replace(recipe.warmup, **warmup))
     return train_relay_seg(recipe, photos)
 
 

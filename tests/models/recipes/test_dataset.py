@@ -94,6 +94,23 @@ def test_which_classes_are_complete(folder):
     assert [with_limit.is_complete(label) for label in ("cat", "dog", "wine glass")] == [True, False, False]
 
 
+def test_who_marked_a_photo_decides_what_it_surely_lacks(folder):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images/c.png")
+    by_hand, mixed, said = load_jsonl(
+        write(
+            folder,
+            line(instances=line()["instances"][:1]),
+            line(file="images/b.png"),
+            line(file="images/c.png", marked_by_hand=True),
+        ),
+        folder,
+    )
+    assert [photo.is_all_by_hand for photo in (by_hand, mixed, said)] == [True, False, True]
+    assert [photo.surely_lacks("bus") for photo in (by_hand, mixed, said)] == [True, False, True]
+    assert [mixed.surely_lacks(label) for label in ("zebra", "cat", "wine glass")] == [True, False, False]
+    assert not by_hand.surely_lacks("wine glass")
+
+
 def changed(path: str, value) -> dict:
     """The line with the value at a path such as `instances.0.label` replaced."""
     record = copy.deepcopy(line())
@@ -289,15 +306,12 @@ def test_several_polygons_are_one_instance(folder, number):
         ("annotations.1.id", 1, ["annotations[1].id", "1"]),
         ("annotations.0.image_id", 12, ["annotations[0].image_id", "12", "image"]),
         ("annotations.0.category_id", 2, ["annotations[0].category_id", "2", "category"]),
-        ("annotations.0.segmentation", [], ["annotations[0].segmentation", "no polygon"]),
-        ("annotations.0.segmentation", [[0, 0, 5, 5]], ["annotations[0].segmentation[0]", "[0, 0, 5, 5]"]),
         ("annotations.0.segmentation", [[0, 0, 1, 1, 2, 2, 3]], ["annotations[0].segmentation[0]"]),
         ("annotations.0.segmentation", [[0, 0, 1e9, 0, 5, 5]], ["annotations[0].segmentation[0][2]", "1000000000.0"]),
         ("annotations.0.segmentation", [[0, 0, "1", 0, 5, 5]], ["annotations[0].segmentation[0][2]", "'1'"]),
         ("annotations.0.segmentation", [[0, 0, 10**400, 0, 5, 5]], ["annotations[0].segmentation[0][2]", "10000"]),
         ("annotations.0.segmentation", [[0, 0, 1e999, 0, 5, 5]], ["annotations[0].segmentation[0][2]", "inf"]),
         ("images.0.file_name", "images/" + "a" * 300, ["images[0].file_name", "'images/aaa", "File name too long"]),
-        ("annotations.0.segmentation", [[0, 0, 0, 0, 0, 0]], ["annotations[0].segmentation", "no pixel"]),
         ("annotations.1.segmentation.size", [WIDTH, HEIGHT], ["annotations[1].segmentation.size", "[9, 7]"]),
         ("annotations.2.segmentation.counts", [1, 2], ["annotations[2].segmentation", "counts adds up to 3"]),
         ("annotations.2.iscrowd", 2, ["annotations[2].iscrowd", "2"]),
@@ -314,6 +328,35 @@ def test_a_fault_in_coco_json_is_named(folder, path, value, named):
         load_coco(write_coco(folder, record), folder)
     for part in ["instances.json: ", *named]:
         assert part in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize(
+    "segmentation", [None, [], [[0, 0, 5, 5]], [[]], [[0, 0, 0, 0, 0, 0]], {"size": [HEIGHT, WIDTH], "counts": [63]}]
+)
+def test_an_annotation_without_a_pixel_is_left_out_and_its_class_is_unsure(folder, caplog, segmentation):
+    """COCO's own train2017 has such."""
+    value = coco()
+    value["annotations"][0]["segmentation"] = segmentation
+    shown, empty = load_coco(write_coco(folder, value), folder)
+    assert [instance.id for instance in shown.instances] == [2, 3]
+    assert (shown.unsure, shown.absent) == (("cat",), ("zebra",))
+    assert (empty.unsure, empty.absent) == ((), ("cat", "dog", "zebra"))
+    assert "1 of 3 annotations cover no pixel, the first is that with id 1" in caplog.text
+
+
+def test_a_photo_with_nothing_but_a_lost_mask_is_not_negative(folder):
+    value = coco()
+    value["annotations"].append({"id": 4, "image_id": 11, "category_id": 7, "segmentation": []})
+    photo = load_coco(write_coco(folder, value), folder)[1]
+    assert (photo.is_negative, photo.unsure, photo.absent) == (False, ("dog",), ("cat", "zebra"))
+
+
+def test_boxes_without_masks_are_refused(folder):
+    value = coco()
+    for annotation in value["annotations"]:
+        annotation["segmentation"] = []
+    with pytest.raises(DatasetError, match=r"instances\.json: none of its 3 annotations covers a pixel"):
+        load_coco(write_coco(folder, value), folder)
 
 
 def test_a_polygon_that_is_not_a_number_is_refused(folder):
@@ -440,6 +483,23 @@ def test_a_mask_that_cannot_be_used_is_named(png_folder, name, image, named):
         load_png_masks(png_folder)
     assert named in str(caught.value)
     assert str(png_folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("palette", [[255, 255, 255, 0, 0, 0], [0, 0, 0, 0, 0, 0]], ids=["inverted", "black"])
+def test_a_palette_whose_colours_deny_its_numbers_is_refused(png_folder, palette):
+    """One in which 0 is white and 1 is black is the mask's complement, by colour."""
+    image = Image.fromarray(CAT.astype(np.uint8))
+    image.putpalette(palette)
+    image.save(png_folder / "masks" / "a.cat.png")
+    with pytest.raises(DatasetError, match=r"a\.cat\.png: has a palette in which index 0 is not black"):
+        load_png_masks(png_folder)
+
+
+@pytest.mark.parametrize("name", ["a\\b.png", "a\nb.png", "a\udcff.png"])
+def test_a_picture_whose_name_cannot_be_written_down_is_refused(png_folder, name):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(png_folder / "images" / name, "PNG")
+    with pytest.raises(DatasetError, match="cannot be shown in its name: rename it"):
+        load_png_masks(png_folder)
 
 
 def test_a_jpeg_called_png_and_a_palette_with_a_clear_colour_are_refused(png_folder):

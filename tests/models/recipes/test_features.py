@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from relay_models.errors import DatasetError
+from relay_models.recipes.text4seg import features
 from relay_models.recipes.text4seg.augment import Augmentation
 from relay_models.recipes.text4seg.dataset import Expression, Instance, Photo, load_jsonl
 from relay_models.recipes.text4seg.features import cache_key, make_variant, read_variants, record_of
@@ -63,8 +65,8 @@ def test_features_and_masks_are_of_the_same_changed_picture(photos: list[Photo],
     changed = 0
     for variant in variants:
         assert [photo.file for photo in variant.photos] == [photo.file for photo in photos]
-        for photo, features in zip(variant.photos, variant.features, strict=True):
-            assert ((features[0] == 255) == white_cells(photo)).all()
+        for photo, features_CGG in zip(variant.photos, variant.features, strict=True):
+            assert ((features_CGG[0] == 255) == white_cells(photo)).all()
         changed += sum(one != other for one, other in zip(variant.photos, photos, strict=True))
     assert changed >= 8
 
@@ -114,6 +116,7 @@ def test_a_record_comes_back_as_the_photo(photos: list[Photo], tmp_path: Path) -
         photos[1],
         instances=(replace(photos[1].instances[0], is_crowd=True, is_group=True, is_pseudo=True),),
         unsure=("triangle",),
+        marked_by_hand=False,
     )
     lines = tmp_path / "photos.jsonl"
     lines.write_text("".join(json.dumps(record_of(photo)) + "\n" for photo in (photos[0], extra)))
@@ -131,3 +134,46 @@ def test_the_key_names_everything_a_cache_depends_on(photos: list[Photo]) -> Non
         cache_key([replace(photos[0], absent=()), *photos[1:]], "encoder", 0, Augmentation()),
     ]
     assert len({key, *others}) == 6
+
+
+def test_the_key_changes_with_the_pixels_and_not_with_the_folder(photos: list[Photo], tmp_path: Path) -> None:
+    import shutil
+
+    key = cache_key(photos, "encoder", 0, Augmentation())
+    shutil.copytree(photos[0].folder, tmp_path / "copy")
+    moved = [replace(photo, folder=tmp_path / "copy") for photo in photos]
+    assert cache_key(moved, "encoder", 0, Augmentation()) == key
+    Image.new("RGB", (photos[0].width, photos[0].height), "blue").save(moved[0].path)
+    assert cache_key(moved, "encoder", 0, Augmentation()) != key
+    moved[0].path.unlink()
+    with pytest.raises(DatasetError, match="cannot be read: No such file"):
+        cache_key(moved, "encoder", 0, Augmentation())
+
+
+def test_what_a_killed_run_left_is_removed(photos: list[Photo], tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for name in ("features-0.123.part", "photos-0.123.part", "features-1.123.part"):
+        (folder / name).write_text("half")
+
+    def broken(image: Image.Image) -> np.ndarray:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        make_variant(folder, 0, photos, broken, 0, Augmentation())
+    assert [path.name for path in folder.iterdir()] == ["features-1.123.part"]
+    make_variant(folder, 0, photos, encode, 0, Augmentation())
+    assert sorted(path.name for path in folder.iterdir()) == ["features-0.npy", "features-1.123.part", "photos-0.jsonl"]
+
+
+def test_photos_are_kept_open_by_their_pixels(photos: list[Photo], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = features._OpenedPhotos(photos)
+    first = kept.get(0)
+    assert kept.get(1) is not first
+    assert kept.get(0) is first
+    monkeypatch.setattr(features, "_PIXELS_KEPT", 1)
+    kept = features._OpenedPhotos(photos)
+    first = kept.get(0)
+    assert kept.get(0) is first
+    kept.get(1)
+    assert kept.get(0) is not first

@@ -18,7 +18,7 @@ from relay_models.recipes.text4seg.augment import Augmentation
 from relay_models.recipes.text4seg.dataset import Instance, Photo
 from relay_models.recipes.text4seg.relay_seg_recipe import (
     RelaySegRecipe,
-    _check_beginning,
+    _check_run,
     _feature_process,
     _run_processes,
     class_names,
@@ -70,15 +70,56 @@ def test_photos_of_two_folders_or_none_are_refused(tmp_path: Path) -> None:
         replace(recipe, variants=0)
 
 
-def test_a_run_that_began_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["start", "photos", "pixels", "variants", "rank", "alpha", "seed", "minutes", "warmup"]
+)
+def test_a_run_of_something_else_is_not_gone_on_with(tmp_path: Path, name: str) -> None:
+    """Its checkpoints would come out as this one's result."""
     start = tmp_path / "start.safetensors"
     start.write_bytes(b"one")
-    anew = RelaySegRecipe(tmp_path / "run", tmp_path, tmp_path)
-    anew.output.mkdir()
-    for _ in range(2):
-        _check_beginning(anew)
-    with pytest.raises(RelayModelsError, match=r"did not start from .*start\.safetensors: name another folder"):
-        _check_beginning(replace(anew, start=start))
+    photos = make_photos(tmp_path)
+    recipe = RelaySegRecipe(tmp_path / "run", tmp_path, tmp_path)
+    recipe.output.mkdir()
+    for processes in (1, 2):
+        _check_run(replace(recipe, training=replace(recipe.training, processes=processes)), photos)
+    if name == "photos":
+        photos = photos[1:]
+    elif name == "pixels":
+        Image.new("RGB", (90, 60), "blue").save(photos[0].path)
+    elif name == "start":
+        recipe = replace(recipe, start=start)
+    elif name == "variants":
+        recipe = replace(recipe, variants=3)
+    elif name == "warmup":
+        recipe = replace(recipe, warmup=replace(recipe.warmup, minutes=1.0))
+    else:
+        recipe = replace(recipe, training=replace(recipe.training, **{name: 7}))
+    said = {"pixels": "photos", "warmup": "warmup_minutes", "seed": "photos"}.get(name, name)
+    with pytest.raises(RelayModelsError, match=rf"run holds a run with {said} .*name another output"):
+        _check_run(recipe, photos)
+
+
+def test_what_tells_a_run_is_there_in_whole_or_not_at_all(tmp_path: Path) -> None:
+    recipe = RelaySegRecipe(tmp_path / "run", tmp_path, tmp_path)
+    recipe.output.mkdir()
+    _check_run(recipe, make_photos(tmp_path))
+    assert [path.name for path in recipe.output.iterdir()] == ["run.json"]
+    (recipe.output / "run.json").write_text("{")
+    with pytest.raises(RelayModelsError, match=r"run\.json cannot be read"):
+        _check_run(recipe, make_photos(tmp_path))
+
+
+def _wait_for_the_first(rank: int, world: int, recipe: RelaySegRecipe) -> None:
+    group = torch.distributed.distributed_c10d._get_default_group()
+    timeout = group._get_backend(torch.device("cpu")).options._timeout
+    (recipe.output / f"timeout-{rank}").write_text(str(timeout.total_seconds()))
+
+
+def test_the_others_wait_for_as_long_as_the_projector_takes(tmp_path: Path) -> None:
+    """gloo's own 30 minutes would end a run with a longer warm-up."""
+    recipe = RelaySegRecipe(tmp_path, tmp_path, tmp_path)
+    _run_processes(_wait_for_the_first, 2, recipe)
+    assert {float((tmp_path / f"timeout-{rank}").read_text()) for rank in range(2)} == {7 * 86400.0}
 
 
 def test_what_a_process_cannot_use_is_said_in_its_own_words(tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ def test_presence_is_that_of_the_likeliest_cell() -> None:
 
 OPTIONS = TrainingOptions(
     minutes=1.0,
-    reading_minutes=0.1,
+    reading_share=0.1,
     rank=2,
     alpha=4.0,
     tokens=300,
@@ -514,12 +514,52 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(tokenizer, tmp_path: Pa
 
 
 def test_steps_lower_the_loss_of_the_answers(tokenizer) -> None:
-    made = trainer(tokenizer, replace(OPTIONS, guide_weight=0.1, reading_minutes=0.0, readings_between=0))
+    made = trainer(tokenizer, replace(OPTIONS, guide_weight=0.1, reading_share=0.0, readings_between=0))
     before = made.step(0, 0.0)["answers"]
     for step in range(1, 60):
         made.mean.clear()
         after = made.step(step, 0.0)["answers"]
     assert after < 0.7 * before
+
+
+def test_a_short_run_answers_too(tokenizer, monkeypatch) -> None:
+    """Reading is a share of whatever time there is: of half a minute as of two hours."""
+    made = trainer(tokenizer, replace(TrainingOptions(minutes=0.5), rank=2, alpha=4.0, readings_between=0))
+    told: list[bool] = []
+
+    def heard(rng: np.random.Generator, is_reading: bool) -> dict[str, float]:
+        told.append(is_reading)
+        return {}
+
+    monkeypatch.setattr(made, "_picture_step", heard)
+    for share in (0.0, 0.29, 0.3, 0.9):
+        made.step(0, share)
+    assert told == [True, True, False, False]
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_changes_weights(tokenizer, monkeypatch) -> None:
+    made = trainer(tokenizer)
+    before = [half.detach().clone() for half in made.model.llama.named_halves().values()]
+    half = next(iter(made.model.llama.named_halves().values()))
+
+    def broken(rng: np.random.Generator, is_reading: bool) -> dict[str, float]:
+        half.grad = torch.full_like(half, float("nan"))
+        return {}
+
+    monkeypatch.setattr(made, "_picture_step", broken)
+    with pytest.raises(RelayModelsError, match=r"the gradient of step 8 is nan: lower the learning rate, 0\.01"):
+        made.step(7, 0.5)
+    assert all(map(torch.equal, before, made.model.llama.named_halves().values()))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tokenizer, tmp_path: Path) -> None:
+    """A half of rank 1 would fill one of any rank, and another alpha would scale what was trained."""
+    trainer(tokenizer, replace(OPTIONS, rank=1)).save(tmp_path / "one.pt", 1, 1.0)
+    with pytest.raises(CheckpointError, match=r"one\.pt was made with rank 1, and now it is 2"):
+        trainer(tokenizer).restore(tmp_path / "one.pt")
+    trainer(tokenizer).save(tmp_path / "two.pt", 1, 1.0)
+    with pytest.raises(CheckpointError, match=r"two\.pt was made with alpha 4\.0, and now it is 8\.0"):
+        trainer(tokenizer, replace(OPTIONS, alpha=8.0)).restore(tmp_path / "two.pt")
 
 
 def test_training_goes_on_from_the_small_file(tokenizer, tmp_path: Path) -> None:
@@ -618,5 +658,15 @@ def test_the_warm_up_also_asks_which_classes_are_there(tokenizer, tmp_path: Path
 
 @pytest.mark.parametrize("field", ["minutes", "rank", "tokens", "processes"])
 def test_impossible_options_are_refused(field: str) -> None:
-    with pytest.raises(RelayModelsError, match=f"{field} must be positive, got 0"):
+    with pytest.raises(RelayModelsError, match=f"{field} must be positive and finite, got 0"):
         replace(OPTIONS, **{field: 0})
+
+
+def test_times_and_rates_that_are_no_numbers_are_refused() -> None:
+    for field in ("minutes", "lora_rate"):
+        with pytest.raises(RelayModelsError, match=f"{field} must be positive and finite, got nan"):
+            replace(OPTIONS, **{field: float("nan")})
+    with pytest.raises(RelayModelsError, match="reading_share must be at least 0 and below 1, got 1"):
+        replace(OPTIONS, reading_share=1)
+    with pytest.raises(RelayModelsError, match="minutes must be finite and not negative, got inf"):
+        WarmupOptions(minutes=float("inf"))

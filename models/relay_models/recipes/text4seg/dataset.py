@@ -19,20 +19,24 @@ What is *not* known is part of the data, and the questions made from a photo mus
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 
 from relay_models.errors import DatasetError, ImageError, LabelError, RelayModelsError
 from relay_models.images import ImageLimits, open_image
 from relay_models.masks import AnyMask, BoolMask, coco_rle, from_coco_rle
 from relay_models.text4seg.labels import BACKGROUND, check_label, match_key
+
+logger = logging.getLogger(__name__)
 
 EXPRESSION_KINDS = ("class", "position", "size", "relation")
 PROVENANCES = ("gt", "pseudo")
@@ -45,6 +49,7 @@ MAX_OUTLINE = 2_000_000  # of one annotation's polygons, in pixels along their e
 _SHOWN_CHARACTERS = 80
 _PNG_BIT_DEPTH, _PNG_COLOUR_TYPE = 24, 25  # where a PNG's header says so
 _PNG_COLOUR_TYPES_WITH_ALPHA = (4, 6)
+_PNG_PALETTE = 3
 
 Value = TypeVar("Value")
 
@@ -336,11 +341,13 @@ def load_coco(path: str | Path, image_folder: str | Path) -> list[Photo]:
 
     Segmentations may be lists of polygons, compressed RLE, or RLE with plain counts. Every category counts as annotated
     in every photo, which is what COCO promises: a category without an annotation in a photo is absent there, and a
-    photo without annotations is negative. There are no expressions. An annotation whose mask is empty is refused.
+    photo without annotations is negative. There are no expressions. An annotation that covers no pixel, as COCO's own
+    files hold some, is left out with a warning, and its class is `unsure` in its photo.
 
     Raises:
         DatasetError: the file cannot be read, a field is missing or malformed, an id is met twice or belongs to
-            nothing, a polygon lies far outside of its picture, or polygons are longer than `MAX_OUTLINE`.
+            nothing, a polygon lies far outside of its picture, polygons are longer than `MAX_OUTLINE`, or none of the
+            annotations covers a pixel.
     """
     path, image_folder = Path(path), Path(image_folder)
     record = _Record(_parsed(_read_bytes(path), str(path)), str(path))
@@ -349,14 +356,42 @@ def load_coco(path: str | Path, image_folder: str | Path) -> list[Photo]:
     record.check_unique("images", "id", [image.integer("id") for image in images])
     sizes = {image.integer("id"): (image.side("width"), image.side("height")) for image in images}
     instances: dict[int, list[Instance]] = {number: [] for number in sizes}
+    unsure: dict[int, dict[str, None]] = {number: {} for number in sizes}
     annotations = record.records("annotations", is_required=True)
     record.check_unique("annotations", "id", [annotation.integer("id") for annotation in annotations])
+    without_mask: list[_Record] = []
     for annotation in annotations:
         number = annotation.one_of("image_id", sizes, "image")
-        instances[number].append(_coco_instance(annotation, names, *sizes[number]))
-    photos = [_coco_photo(image, image_folder, names, instances[image.integer("id")]) for image in images]
+        label = names[annotation.one_of("category_id", names, "category")]
+        instance = _coco_instance(annotation, label, *sizes[number])
+        if instance is None:
+            unsure[number][label] = None
+            without_mask.append(annotation)
+        else:
+            instances[number].append(instance)
+    _warn_of_lost(path, without_mask, len(annotations))
+    photos = [
+        _coco_photo(image, image_folder, names, instances[image.integer("id")], tuple(unsure[image.integer("id")]))
+        for image in images
+    ]
     _check_files(photos, path)
     return photos
+
+
+def _warn_of_lost(path: Path, without_mask: Sequence[_Record], num_annotations: int) -> None:
+    if not without_mask:
+        return
+    first = without_mask[0].integer("id")
+    if len(without_mask) == num_annotations:
+        raise DatasetError(f"{path}: none of its {num_annotations} annotations covers a pixel; masks are needed")
+    logger.warning(
+        "%s: %d of %d annotations cover no pixel, the first is that with id %d; they are left out, and their classes "
+        "count as unsure in their photos",
+        path,
+        len(without_mask),
+        num_annotations,
+        first,
+    )
 
 
 def _coco_categories(record: _Record) -> dict[int, str]:
@@ -367,42 +402,45 @@ def _coco_categories(record: _Record) -> dict[int, str]:
     return {category.integer("id"): name for category, name in zip(categories, names, strict=True)}
 
 
-def _coco_photo(image: _Record, image_folder: Path, names: dict[int, str], instances: list[Instance]) -> Photo:
+def _coco_photo(
+    image: _Record, image_folder: Path, names: dict[int, str], instances: list[Instance], unsure: tuple[str, ...]
+) -> Photo:
     image.check_pixels(image.side("width"), image.side("height"))
-    present = {instance.label for instance in instances}
+    shown = {*unsure, *(instance.label for instance in instances)}
     return Photo(
         image.file("file_name", image_folder),
         image.side("width"),
         image.side("height"),
         tuple(instances),
-        absent=tuple(name for name in names.values() if name not in present),
-        is_negative=not instances,
+        absent=tuple(name for name in names.values() if name not in shown),
+        unsure=unsure,
+        is_negative=not shown,
         source="coco",
         folder=image_folder,
     )
 
 
-def _coco_instance(annotation: _Record, names: dict[int, str], width: int, height: int) -> Instance:
-    label = names[annotation.one_of("category_id", names, "category")]
+def _coco_instance(annotation: _Record, label: str, width: int, height: int) -> Instance | None:
+    """None where it covers no pixel."""
     annotation.check_pixels(width, height)
     segmentation = annotation.get("segmentation")
+    if segmentation is None:
+        return None
     if isinstance(segmentation, list):
         mask_HW = _filled_polygons(annotation, segmentation, width, height)
     else:
         mask_HW = annotation.rle("segmentation", width, height)
     if not mask_HW.any():
-        raise annotation.error("segmentation", "covers no pixel: leave the annotation out, or correct it")
+        return None
     return Instance.of(annotation.integer("id"), label, mask_HW, is_crowd=annotation.flag("iscrowd"))
 
 
 def _filled_polygons(annotation: _Record, polygons: list[Any], width: int, height: int) -> BoolMask:
-    """COCO's own rasteriser, given only what it can draw in bounded time."""
-    if not polygons:
-        raise annotation.error("segmentation", "holds no polygon")
+    """COCO's own rasteriser, given only what it can draw in bounded time. Points and lines cover nothing."""
     for index, polygon in enumerate(polygons):
         field = f"segmentation[{index}]"
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise annotation.error(field, f"must be x, y of at least three corners, got {_shown(polygon)}")
+        if not isinstance(polygon, list) or len(polygon) % 2:
+            raise annotation.error(field, f"must be x, y of corners, got {_shown(polygon)}")
         for place, value in enumerate(polygon):
             side = height if place % 2 else width
             is_number = type(value) is float or type(value) is int
@@ -410,6 +448,9 @@ def _filled_polygons(annotation: _Record, polygons: list[Any], width: int, heigh
                 raise annotation.error(
                     f"{field}[{place}]", f"must be a coordinate in the {width}x{height} picture, got {_shown(value)}"
                 )
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
+    if not polygons:
+        return np.zeros((height, width), dtype=np.bool_)
     length = sum(map(_outline_length, polygons))
     if length > MAX_OUTLINE:
         raise annotation.error(
@@ -446,7 +487,8 @@ def load_png_masks(folder: str | Path) -> list[Photo]:
         classes.txt                         optional: the classes, one a line
 
     A mask has its picture's upright size; any value but 0 (in any channel) is foreground. It is an 8-bit PNG or one of
-    fewer bits, grey, RGB or with a palette, without transparency. A label may hold spaces, and no dot.
+    fewer bits, grey, RGB or with a palette, without transparency. A palette's index 0 must be black, and no other that
+    the mask holds may be: else index and colour disagree on what is foreground. A label may hold spaces, and no dot.
 
     With `classes.txt` each of its classes counts as annotated in every picture: without a mask it is absent, and a mask
     of another class is refused. Without it only the classes that have a mask count as annotated, picture by picture.
@@ -524,7 +566,16 @@ def _png_mask(path: Path, width: int, height: int) -> BoolMask:
         raise DatasetError(str(error)) from error
     if (opened.width, opened.height) != (width, height):
         raise DatasetError(f"{path}: is {opened.width}x{opened.height}, but its picture is {width}x{height}")
-    return np.asarray(np.asarray(opened.rgb).any(axis=2), dtype=np.bool_)
+    mask_HW = np.asarray(np.asarray(opened.rgb).any(axis=2), dtype=np.bool_)
+    if data[_PNG_COLOUR_TYPE] == _PNG_PALETTE:
+        with Image.open(io.BytesIO(data)) as picture:
+            index_HW = np.asarray(ImageOps.exif_transpose(picture))
+        if not np.array_equal(index_HW != 0, mask_HW):
+            raise DatasetError(
+                f"{path}: has a palette in which index 0 is not black, or another one is: save it in grey, with 0 for "
+                "the background"
+            )
+    return mask_HW
 
 
 def _pictures_by_stem(folder: Path) -> dict[str, Path]:
@@ -532,6 +583,8 @@ def _pictures_by_stem(folder: Path) -> dict[str, Path]:
     for path in _listed(folder):
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise DatasetError(f"{path}: is no picture; images/ may hold {', '.join(IMAGE_SUFFIXES)}")
+        if "\\" in path.name or not path.name.isprintable():
+            raise DatasetError(f"{path}: has a backslash or a character that cannot be shown in its name: rename it")
         if path.stem in pictures:
             raise DatasetError(f"{path}: has the same stem as {pictures[path.stem].name}; rename one of them")
         pictures[path.stem] = path

@@ -5,18 +5,20 @@
 The folder of a run holds
     model/                        what it is all about: `vllm-relay serve RUN/model`
     relay-seg.safetensors         what was trained, and nothing else, see `relay_seg.assemble`
-    features-KEY/, projector.pt, checkpoint.pt, begun-with
+    features-KEY/, projector.pt, checkpoint.pt, run.json
 Each step leaves its result there, whole or not at all, so the same call goes on where a run was stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,11 @@ from relay_models.relay_seg.pins import ENCODER_SHA256
 logger = logging.getLogger(__name__)
 
 MODEL, WEIGHTS = "model", "relay-seg.safetensors"
-_PROJECTOR, _STORE, _BEGINNING = "projector.pt", ".processes", "begun-with"
+_PROJECTOR, _STORE, _RUN = "projector.pt", ".processes", "run.json"
+# What may be given otherwise when a run goes on: nothing that its result depends on.
+_FREE_OPTIONS = ("processes", "checkpoint_seconds")
+# The others wait for process 0 while it warms the projector up; one that ends takes them with it anyway.
+_LONGEST_WAIT = timedelta(days=7)
 
 # How often a photo is drawn: most often where people marked everything, least where little can be learnt from it.
 _FULLY_ANNOTATED, _PARTLY_ANNOTATED = 3.0, 0.5
@@ -87,7 +93,8 @@ def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
 
     Raises:
         CheckpointError: the base or the encoder is not the pinned one, or ``start`` was trained with other classes.
-        RelayModelsError: there are no photos, or they lie in several folders.
+        RelayModelsError: there are no photos, or they lie in several folders; the folder holds another run; a gradient
+            is no number any more.
     """
     folders = {photo.folder for photo in photos}
     if len(folders) != 1:
@@ -96,7 +103,7 @@ def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
     if recipe.start is not None:
         check_trained(recipe.start, class_names(photos), recipe.training)
     recipe.output.mkdir(parents=True, exist_ok=True)
-    _check_beginning(recipe)
+    _check_run(recipe, photos)
     cache = _cached_features(recipe, photos)
     _run_processes(_train_process, recipe.training.processes, recipe, cache, folders.pop())
     weights = recipe.output / WEIGHTS
@@ -106,17 +113,37 @@ def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
     return recipe.output / MODEL
 
 
-def _check_beginning(recipe: RelaySegRecipe) -> None:
-    """Raises RelayModelsError where the folder holds a run that began with something else."""
-    begun = "nothing" if recipe.start is None else hashlib.sha256(recipe.start.read_bytes()).hexdigest()
-    file = recipe.output / _BEGINNING
+def _check_run(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> None:
+    """Raises RelayModelsError where the folder holds a run of something else: its checkpoints would come out as this
+    one's result."""
+    run = _run_of(recipe, photos)
+    file = recipe.output / _RUN
     if not file.exists():
-        file.write_text(begun, encoding="utf-8")
-    elif file.read_text(encoding="utf-8") != begun:
-        start = recipe.start or "nothing"
+        unfinished = file.with_suffix(".part")
+        unfinished.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, file)
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        different = [name for name in run if before.get(name) != run[name]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise RelayModelsError(f"{file} cannot be read: {error}: name another output") from error
+    if different:
+        name = different[0]
         raise RelayModelsError(
-            f"output {recipe.output} holds a run that did not start from {start}: name another folder"
+            f"output {recipe.output} holds a run with {name} {before.get(name)!r}, and now it is {run[name]!r}: give "
+            "what was given then, or name another output"
         )
+
+
+def _run_of(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> dict[str, Any]:
+    """What a run's result depends on."""
+    training = {name: value for name, value in asdict(recipe.training).items() if name not in _FREE_OPTIONS}
+    warmup = {f"warmup_{name}": value for name, value in asdict(recipe.warmup).items() if name not in _FREE_OPTIONS}
+    start = None if recipe.start is None else hashlib.sha256(recipe.start.read_bytes()).hexdigest()
+    key = cache_key(photos, ENCODER_SHA256, recipe.training.seed, recipe.augmentation)
+    run = {"photos": key, "start": start, "variants": recipe.variants, **training, **warmup}
+    return json.loads(json.dumps(run))  # type: ignore[no-any-return]
 
 
 def photo_weights(photos: Sequence[Photo]) -> np.ndarray:
@@ -181,7 +208,7 @@ def _train_process(rank: int, world: int, recipe: RelaySegRecipe, cache: Path, i
     training = recipe.training
     if recipe.start is not None:
         load_trained(model, recipe.start, training)
-        training = replace(training, reading_minutes=0.0)
+        training = replace(training, reading_share=0.0)
     elif rank == 0:
         warm_up(recipe.warmup, model, variants, weights_N, recipe.output / _PROJECTOR)
     if world > 1:
@@ -217,7 +244,9 @@ def _process(rank: int, count: int, store: Path, work: Any, *args: Any) -> None:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     if count > 1:
-        torch.distributed.init_process_group("gloo", init_method=store.absolute().as_uri(), rank=rank, world_size=count)
+        torch.distributed.init_process_group(
+            "gloo", init_method=store.absolute().as_uri(), rank=rank, world_size=count, timeout=_LONGEST_WAIT
+        )
     work(rank, count, *args)
     if count > 1:
         torch.distributed.destroy_process_group()

@@ -78,7 +78,7 @@ class TrainingOptions:
 
     Attributes:
         minutes: of training.
-        reading_minutes: of these, the first, in which only the layers up to `READ_LAYER` are computed: they learn to
+        reading_share: of these, the first, in which only the layers up to `READ_LAYER` are computed: they learn to
             find their place in the picture and to read what it shows there.
         rank, alpha: of the LoRA.
         lora_rate, projector_rate: learning rates at their highest, of the LoRA and of what tokens are made of.
@@ -98,7 +98,7 @@ class TrainingOptions:
     """
 
     minutes: float = 88.0
-    reading_minutes: float = 26.0
+    reading_share: float = 0.295
     rank: int = 24
     alpha: float = 48.0
     lora_rate: float = 1e-3
@@ -122,8 +122,11 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for name in ("minutes", "rank", "alpha", "lora_rate", "projector_rate", "tokens", "processes"):
-            if getattr(self, name) <= 0:
-                raise RelayModelsError(f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise RelayModelsError(f"{name} must be positive and finite, got {value}")
+        if not 0 <= self.reading_share < 1:
+            raise RelayModelsError(f"reading_share must be at least 0 and below 1, got {self.reading_share}")
         if self.seed < 0:
             raise RelayModelsError(f"seed must not be negative, got {self.seed}")
 
@@ -169,7 +172,7 @@ def train(options: TrainingOptions, model: Model, data: Data, tokenizer: Any, fo
                 trainer.save(folder / CHECKPOINT, step, time.monotonic() - started)
                 saved = time.monotonic()
     if rank == 0:
-        trainer.save(folder / CHECKPOINT, step, total)
+        trainer.save(folder / CHECKPOINT, step, max(elapsed, total))
     bar.close()
 
 
@@ -251,7 +254,7 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=False)
         self.model.llama.merge()
         between = step % (self.options.readings_between + 1) > 0
-        is_reading = between or time_used * self.options.minutes < self.options.reading_minutes
+        is_reading = between or time_used < self.options.reading_share
         figures = self._picture_step(rng, is_reading)
         self._average_gradients()
         rise = min(1.0, (step + 1) / self.options.warmup_steps)
@@ -259,7 +262,12 @@ class _Trainer:
         shape = rise * 0.5 * (1 + math.cos(math.pi * min(fall, 1.0)))
         for group, rate, parameters in zip(self.optimizer.param_groups, self.rates, self.groups, strict=True):
             group["lr"] = rate * shape
-            nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
+            norm = float(nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm))
+            if not math.isfinite(norm):  # before the weights change, which nothing would bring back
+                raise RelayModelsError(
+                    f"the gradient of step {step + 1} is {norm}: lower the learning rate, {self.options.lora_rate}; "
+                    "the last checkpoint stays"
+                )
         self.optimizer.step()
         self.probe_optimizer.step()
         self.probe_optimizer.zero_grad()
@@ -407,6 +415,11 @@ class _Trainer:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["classes"] != list(self.model.classes):
             raise CheckpointError(f"{file} was made with other classes: name another folder, or remove it")
+        made = json.loads(state["options"])
+        for name in ("rank", "alpha"):
+            if made[name] != getattr(self.options, name):
+                now = getattr(self.options, name)
+                raise CheckpointError(f"{file} was made with {name} {made[name]}, and now it is {now}")
         self.model.projector.load_state_dict(state["projector"])
         self.model.shape_head.load_state_dict(state["shape_head"])
         with torch.no_grad():

@@ -58,8 +58,8 @@ class WarmupOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.minutes >= 0:
-            raise RelayModelsError(f"minutes must not be negative, got {self.minutes}")
+        if not (math.isfinite(self.minutes) and self.minutes >= 0):
+            raise RelayModelsError(f"minutes must be finite and not negative, got {self.minutes}")
         for name in ("photos", "rate", "checkpoint_seconds"):
             if not getattr(self, name) > 0:
                 raise RelayModelsError(f"{name} must be positive, got {getattr(self, name)}")
