@@ -135,7 +135,7 @@ def read_photos(path: Path) -> list[Photo]:
 def instance_sets(photo: Photo) -> list[tuple[int, ...]]:
     """What is asked of a photo: whole classes, then what its expressions mean, each set once."""
     sets = [_ids_of_class(photo, label) for label in photo.labels]
-    sets += [tuple(sorted(expression.ids)) for expression in photo.expressions]
+    sets += [tuple(sorted(expression.ids)) for expression in photo.expressions if expression.ids]
     return list(dict.fromkeys(sets))
 
 
@@ -170,10 +170,14 @@ def ask_of_grids(photos: Sequence[Photo], grid: int) -> Asked:
 
 
 def ask_of_predictions(photos: Sequence[Photo], predictions: Path, num_photos: int | None = None) -> Asked:
-    """Coarse masks that a model wrote of the first photos, where they are near the truth. Raises BenchArgumentError."""
+    """Coarse masks that a model wrote of the first photos, where they are near the truth. Raises BenchArgumentError.
+
+    Of several answers about the same instances of a photo, the first counts: in other words they were asked for again.
+    """
     place = {photo.file: index for index, photo in enumerate(photos)}
     questions: dict[int, list[Question]] = {index: [] for index in range(len(photos[:num_photos]))}
     left_out = Counter[Unscored]()
+    answered: set[tuple[int, tuple[int, ...]]] = set()
     for number, line in enumerate(_lines(predictions), start=1):
         if not line.strip():
             continue
@@ -184,8 +188,9 @@ def ask_of_predictions(photos: Sequence[Photo], predictions: Path, num_photos: i
             coarse_HW = _predicted_mask(answer, photos[index])
         except (TypeError, ValueError) as error:
             raise BenchArgumentError(f"line {number} of {predictions} is no mask of these photos: {error}") from error
-        if index not in questions:
+        if index not in questions or (ids and (index, ids) in answered):
             continue
+        answered.add((index, ids))
         if reason:
             left_out[reason] += 1
             continue
@@ -219,10 +224,10 @@ def _meant(answer: Mapping[str, Any], photo: Photo) -> tuple[tuple[int, ...], Un
     if ids := answer.get("ids"):
         if not {instance.id for instance in photo.instances}.issuperset(ids):
             raise ValueError(f"{photo.file} has no such instances: {ids}")
-        return tuple(ids), why_unscored(photo, ids)
-    label = answer.get("label")
-    if ids == [] and label not in photo.labels:  # asked for in vain
+        return tuple(sorted(ids)), why_unscored(photo, ids)
+    if ids == []:  # asked for in vain
         return (), None
+    label = answer.get("label")
     if not isinstance(label, str):
         raise TypeError(f"ids or label must say what is meant, got {ids!r} and {label!r}")
     if not photo.is_complete(label):

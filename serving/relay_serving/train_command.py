@@ -12,6 +12,7 @@ import contextlib
 import http.client
 import ipaddress
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -19,7 +20,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from relay_models.errors import RelayModelsError
 from relay_serving import embedded_model
 from relay_serving.errors import EngineStartError, RelayServingError, UsageError
+from relay_serving.evaluation_folder import EvaluationFolder
 
 if TYPE_CHECKING:
     from relay_models.recipes.text4seg.dataset import Photo
@@ -37,6 +40,9 @@ START_LIMIT_SECONDS = 1_800
 STOP_LIMIT_SECONDS = 30
 BUSY_WAIT_SECONDS = 1
 STDERR = 2  # the report alone goes to stdout
+TRIES_AGAIN = 3
+INTERRUPTED = 130
+DEFAULT_GRID = 16
 MOST_EXPRESSIONS = 64  # of one request, as the route takes them
 
 
@@ -89,8 +95,6 @@ def _trained(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
 
 
 def _trained_relay_seg(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
-    from dataclasses import replace
-
     from relay_models.recipes.text4seg.relay_seg_recipe import RelaySegRecipe, train_relay_seg  # imports PyTorch
 
     if "start" in given and "warmup_minutes" in given:
@@ -186,15 +190,18 @@ def run_eval(words: Sequence[str]) -> int:
     try:
         photos = _chosen(load_photos(args.data, args.images), args)
         if args.url is not None:
-            report, masks = evaluate_server(photos, args.url, args)
+            report = evaluate_server(photos, args.url, args)
         else:
             with _server_of(args.model, args.serve_flags) as url:
-                report, masks = evaluate_server(photos, url, args)
+                report = evaluate_server(photos, url, args)
     except RelayModelsError as error:
         raise UsageError(str(error)) from error
+    except KeyboardInterrupt:  # requests that are under way may take half an hour, and nothing waits for them
+        kept = "nothing was kept" if args.output is None else f"the same command goes on from {args.output}"
+        sys.stderr.write(f"\nvllm-relay: evaluation ended; {kept}\n")
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
     sys.stdout.write(report.to_markdown())
-    if args.output is not None:
-        _write_report(report, masks, args.output)
     return 0
 
 
@@ -227,28 +234,50 @@ def _chosen(photos: list[Photo], args: argparse.Namespace) -> list[Photo]:
     return photos[: args.limit]
 
 
-def evaluate_server(
-    photos: Sequence[Photo], url: str, args: argparse.Namespace
-) -> tuple[EvaluationReport, list[dict[str, Any]]]:
-    """Ask a server about all photos, with a bar on stderr: the report, and a line of masks.jsonl for each answer.
+def evaluate_server(photos: Sequence[Photo], url: str, args: argparse.Namespace) -> EvaluationReport:
+    """Ask a server about all photos, with a bar on stderr. What was answered is kept in ``args.output``, if given.
 
     Raises:
         RelayServingError: it does not answer, or refuses. RelayModelsError: its answers do not fit, or a photo is no
-            picture of the size it is annotated with.
+            picture of the size it is annotated with. UsageError: what is asked for cannot be.
     """
     from tqdm import tqdm
 
-    from relay_models.recipes.text4seg.evaluation import QUERY_KINDS, EvaluationSettings, evaluate
+    from relay_models.recipes.text4seg.evaluation import QUERY_KINDS, EvaluationSettings, evaluate, queries_of
+    from relay_serving.schemas.segmentation import LONGEST_EXPRESSION
 
     settings = EvaluationSettings(
-        grid=args.grid, kinds=tuple(args.kinds or QUERY_KINDS), seed=args.seed, min_photos=args.min_photos
+        kinds=tuple(args.kinds or QUERY_KINDS),
+        max_absent=args.max_absent,
+        seed=args.seed,
+        min_photos=args.min_photos,
     )
-    server = Server(url, api_key=args.api_key, grammar=args.grammar, refiner=args.refiner)
-    masks: dict[str, list[dict[str, Any]]] = {}
+    asked = [(photo, query.text) for photo in photos for query in queries_of(photo, settings)]
+    for photo, text in asked:
+        if len(text) > LONGEST_EXPRESSION:
+            raise UsageError(f"{photo.file}: an expression of {len(text)} characters, {text[:40]!r}…, cannot be asked")
+    server = Server(
+        url,
+        api_key=args.api_key,
+        model=args.served_model,
+        wants_adapter=args.model is not None,
+        grammar=args.grammar,
+        refiner=args.refiner,
+    )
+    if asked:
+        settings = replace(settings, grid=_grid_of(server, *asked[0], args.grid))
+    data = args.name or args.data.name
+    kept = None
+    if args.output is not None:
+        conditions = {"grammar": args.grammar, "refiner": args.refiner, "grid": settings.grid}
+        kept = EvaluationFolder(args.output, {"data": data, "model": server.model, **conditions})
 
-    def answer(photo: Photo, queries: Sequence[Query]) -> list[Reply]:
-        replies = server.answer(photo, queries)
-        masks[photo.file] = [_answered(photo, *pair) for pair in zip(queries, replies, strict=True)]
+    def answer(photo: Photo, queries: Sequence[Query]) -> Sequence[Reply]:
+        replies = kept.replies(photo, queries) if kept is not None else None
+        if replies is None:
+            replies = server.answer(photo, queries)
+            if kept is not None:
+                kept.keep(photo, queries, replies)
         return replies
 
     with (
@@ -262,29 +291,48 @@ def evaluate_server(
             settings=settings,
             answer_classes=server.answer_classes if args.multi_class else None,
             model=server.model,
-            data=args.name or args.data.name,
+            data=data,
             conditions={"grammar": args.grammar, "refiner": args.refiner},
             progress=lambda done, of: bar.update(1),
             concurrency=args.concurrency,
         )
-    return report, [line for photo in photos for line in masks.get(photo.file, ())]
+    if kept is not None:
+        kept.finish(photos, report)
+    return report
 
 
-def _answered(photo: Photo, query: Query, reply: Reply) -> dict[str, Any]:
-    from relay_models.masks import coco_rle
-
-    asked = {"file": photo.file, "text": query.text, "kind": query.kind, "label": query.label, "ids": list(query.ids)}
-    return {**asked, "status": reply.status, "mask": coco_rle(reply.mask_HW)}
+def _grid_of(server: Server, photo: Photo, text: str, wanted: int | None) -> int:
+    """Cells of a side of the server's answers, which decide what can be reached. Raises UsageError."""
+    found = server.grid(photo, text)
+    if found is None:
+        return wanted or DEFAULT_GRID
+    if len(set(found)) > 1 or (wanted is not None and wanted != found[0]):
+        raise UsageError(f"--grid is {wanted}, and the server answers on a grid of {found[0]}x{found[1]}")
+    return found[0]
 
 
 class Server:
     """A running relay server as what answers an evaluation."""
 
-    def __init__(self, url: str, *, api_key: str | None = None, grammar: str = "on", refiner: str = "none") -> None:
-        """Asks for its model.
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        model: str | None = None,
+        wants_adapter: bool = False,
+        grammar: str = "on",
+        refiner: str = "none",
+    ) -> None:
+        """Asks what it serves.
+
+        Args:
+            model: its name, where the server has several.
+            wants_adapter: of several and without a name, the only adapter is meant.
 
         Raises:
-            UsageError: the URL is not http or https. RelayServingError: there is no server, or it serves no model.
+            UsageError: the URL is not http or https, or it is not clear which model is meant. RelayServingError: there
+                is no server, or it serves no model.
         """
         if not _is_url_of_server(url):
             raise UsageError(f"--url is {url!r}; it must begin with http:// or https:// and name a server")
@@ -295,24 +343,43 @@ class Server:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._grammar, self._refiner = grammar, refiner
         self._given_up = threading.Event()
-        models = self._call("/v1/models").get("data") or []
-        if not models:
-            raise RelayServingError(f"{self._url} serves no model")
-        self.model: str = models[0]["id"]
+        self.model = self._chosen(model, wants_adapter)
 
     def give_up(self) -> None:
         """Requests that the server is too busy for are not tried again from now on."""
         self._given_up.set()
 
+    def _chosen(self, name: str | None, wants_adapter: bool) -> str:
+        models = self._call("/v1/models").get("data") or []
+        if not models:
+            raise RelayServingError(f"{self._url} serves no model")
+        if name is None and wants_adapter and len(models) > 1:
+            models = [model for model in models if model.get("parent")] or models
+        served = [str(model["id"]) for model in models]
+        if name in served:
+            return str(name)
+        if name is not None or len(served) > 1:
+            given = "missing" if name is None else repr(name)
+            raise UsageError(f"--served-model is {given}; {self._url} serves {', '.join(served)}")
+        return served[0]
+
+    def grid(self, photo: Photo, text: str) -> tuple[int, int] | None:
+        """Rows and columns of an answer, where one says so."""
+        results = self._segment(_data_url(photo), grammar="on", on_refusal="force", expressions=[text])
+        found = next((result["grid"] for result in results if result.get("grid")), None)
+        return None if found is None else (int(found[0]), int(found[1]))
+
     def answer(self, photo: Photo, queries: Sequence[Query]) -> list[Reply]:
-        """A reply to each query; one that the server could not answer is an empty mask with status "error"."""
+        """A reply to each query, of whose answer the first descriptor counts; one that the server could not answer has
+        status `FAILED`."""
         from relay_models.recipes.text4seg.evaluation import Reply
 
         replies: list[Reply] = []
         picture = _data_url(photo)
         for start in range(0, len(queries), MOST_EXPRESSIONS):
             texts = [query.text for query in queries[start : start + MOST_EXPRESSIONS]]
-            results = sorted(self._segment(picture, expressions=texts), key=lambda result: int(result["query_index"]))
+            found = [result for result in self._segment(picture, expressions=texts) if not result.get("block")]
+            results = sorted(found, key=lambda result: int(result["query_index"]))
             if [result["query_index"] for result in results] != list(range(len(texts))):
                 raise RelayServingError(f"{photo.file}: {len(texts)} expressions were sent, {len(results)} came back")
             replies += [Reply(_mask(result, photo), result["status"]) for result in results]
@@ -322,13 +389,18 @@ class Server:
         """[H, W] of 0 for `others` and 1 + the index of a class."""
         import numpy as np
 
+        from relay_models.recipes.text4seg.evaluation import FAILED
+
         map_HW = np.zeros((photo.height, photo.width), dtype=np.int64)
         for result in self._segment(_data_url(photo), classes=list(classes)):
-            if result.get("label") in classes:
+            if result["status"] == FAILED:
+                said = (result.get("error") or {}).get("message")
+                raise RelayServingError(f"{photo.file}: the question for {', '.join(classes)} failed: {said}")
+            if not result.get("block") and result.get("label") in classes:
                 map_HW[_mask(result, photo)] = 1 + classes.index(result["label"])
         return map_HW
 
-    def _segment(self, picture: str, **wanted: list[str]) -> list[dict[str, Any]]:
+    def _segment(self, picture: str, **wanted: Any) -> list[dict[str, Any]]:
         body = {
             "model": self.model,
             "image": picture,
@@ -342,8 +414,11 @@ class Server:
         return results
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What is asked with a body is asked again where the server fails, `TRIES_AGAIN` times."""
         data = None if body is None else json.dumps(body).encode()
+        tries = 0 if body is None else TRIES_AGAIN
         deadline = time.monotonic() + REQUEST_LIMIT_SECONDS
+        failures = 0
         while True:
             request = urllib.request.Request(self._url + path, data=data, headers=self._headers)
             try:
@@ -352,11 +427,16 @@ class Server:
                 break
             except urllib.error.HTTPError as error:
                 is_over = time.monotonic() > deadline or self._given_up.is_set()
-                if error.code != HTTPStatus.TOO_MANY_REQUESTS or is_over:
+                is_busy = error.code == HTTPStatus.TOO_MANY_REQUESTS
+                failures += not is_busy
+                may_pass = is_busy or (error.code >= HTTPStatus.INTERNAL_SERVER_ERROR and failures <= tries)
+                if is_over or not may_pass:
                     raise RelayServingError(f"{self._url}{path} answered {error.code}: {_said(error)}") from error
-                self._given_up.wait(BUSY_WAIT_SECONDS)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                raise RelayServingError(f"{self._url}{path} does not answer: {error}") from error
+                failures += 1
+                if failures > tries or self._given_up.is_set():
+                    raise RelayServingError(f"{self._url}{path} does not answer: {error}") from error
+            self._given_up.wait(BUSY_WAIT_SECONDS)
         if not isinstance(answer, dict):
             raise RelayServingError(f"{self._url}{path} answered with no JSON object")
         return answer
@@ -404,7 +484,12 @@ def _mask(result: dict[str, Any], photo: Photo) -> Any:
 
     if result.get("mask") is None:
         return np.zeros((photo.height, photo.width), dtype=np.bool_)
-    return from_coco_rle(result["mask"])
+    mask_HW = from_coco_rle(result["mask"])
+    if mask_HW.shape != (photo.height, photo.width):
+        raise RelayServingError(
+            f"{photo.file}: is {photo.height} by {photo.width}, a mask came back of {mask_HW.shape}"
+        )
+    return mask_HW
 
 
 @contextlib.contextmanager
@@ -443,17 +528,6 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
     raise EngineStartError(f"the server was not ready after {START_LIMIT_SECONDS} s")
 
 
-def _write_report(report: EvaluationReport, masks: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-        (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
-        lines = "".join(json.dumps(line) + "\n" for line in masks)
-        (folder / "masks.jsonl").write_text(lines, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--output is {str(folder)!r}, which cannot be written: {error.strerror or error}") from error
-
-
 def _eval_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-relay eval text4seg",
@@ -469,16 +543,23 @@ def _eval_parser() -> argparse.ArgumentParser:
     add("--api-key", help="what the server asks for")
     add("--grammar", choices=["on", "off"], default="on", help="whether answers are held to the format (default: on)")
     add("--refiner", default="none", help="of that server, by name (default: none, the coarse masks)")
-    add("--grid", type=_positive, default=16, help="cells of a side, for ceilings (default: 16)")
+    add("--served-model", metavar="NAME", help="of a server with several models, which is meant")
+    add("--grid", type=_positive, help="cells of a side, for ceilings (default: as the answers have)")
     add("--kinds", nargs="+", metavar="KIND", help="kinds of questions (default: all)")
     add("--multi-class", action="store_true", help="also ask for several classes at once, for mIoU")
+    add("--max-absent", type=int, default=2, help="absent classes asked for, of a photo, at most (default: 2)")
     add("--min-photos", type=_positive, default=8, help="of a class, to count in the macro mean (default: 8)")
     add("--limit", type=_positive, help="the first so many photos only")
     add("--concurrency", type=_positive, default=4, help="photos asked about at a time (default: 4)")
     add("--withheld", nargs="+", metavar="CLASS", help="only the photos of these classes that training kept back")
     add("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     add("--name", help="of the data, for the report (default: DATA's)")
-    add("--output", type=Path, help="folder for report.json, report.md and masks.jsonl, which bench refining reads")
+    add(
+        "--output",
+        type=Path,
+        help="folder for report.json, report.md and masks.jsonl, which bench refining reads; an evaluation that was "
+        "ended goes on there",
+    )
     return parser
 
 

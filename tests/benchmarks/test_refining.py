@@ -145,6 +145,26 @@ def test_what_was_asked_for_in_vain_is_left_alone(tmp_path: Path) -> None:
     assert areas(measured(tmp_path, [photo()], [in_vain, {"file": "a.png", "ids": [2], "mask": mask(2)}])) == [1]
 
 
+def test_a_set_that_was_answered_in_several_words_counts_once(tmp_path: Path) -> None:
+    """As an evaluation asks: for the class, for "all dogs", and for the dogs one by one."""
+    answers = [
+        {"file": "a.png", "ids": [0, 1], "label": "dog", "mask": mask(0, 1)},
+        {"file": "a.png", "ids": [1, 0], "label": "dog", "mask": mask(0, 1)},
+        {"file": "a.png", "label": "dog", "mask": mask(0, 1)},
+        {"file": "a.png", "ids": [0], "mask": mask(0)},
+        {"file": "b.png", "ids": [0, 1], "label": "dog", "mask": mask(0, 1)},
+    ]
+    assert areas(measured(tmp_path, [photo(), photo("b")], answers)) == [2, 1, 2]
+
+
+def test_an_expression_that_means_nothing_is_no_question(tmp_path: Path) -> None:
+    nothing = {"text": "the red dog", "ids": [], "kind": "other"}
+    assert areas(measured(tmp_path, [photo(expressions=[nothing])])) == [2, 1]
+    in_vain = {"file": "a.png", "ids": [], "label": "dog", "kind": "absent expression", "mask": mask(1)}
+    found = {"file": "a.png", "ids": [2], "mask": mask(2)}
+    assert areas(measured(tmp_path, [photo()], [in_vain, found])) == [1]
+
+
 def test_encoding_is_timed_over_the_pictures_that_were_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count()
     monkeypatch.setattr(refining.time, "perf_counter", lambda: float(next(ticks)))

@@ -9,7 +9,7 @@ import base64
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
@@ -73,6 +73,11 @@ class TruthfulServer:
         self.shuffles = True
         self.drops = 0
         self.refusals = 0
+        self.grid: tuple[int, int] | None = None
+        self.models = [{"id": "truth"}]
+        self.changed: Callable[[SegmentationResult], SegmentationResult | None] = lambda result: result
+        self.blocks = 1
+        self.breaks = 0
 
     def answer(self, request: SegmentationRequest) -> SegmentationResponse:
         (_, url) = request.image_urls()[0]
@@ -90,8 +95,15 @@ class TruthfulServer:
                     label=text,
                     status="complete" if mask_HW.any() else "none",
                     mask=dict(coco_rle(mask_HW)) if mask_HW.any() else None,
+                    grid=self.grid,
                 )
             )
+        results = [changed for result in results if (changed := self.changed(result)) is not None]
+        results += [
+            result.model_copy(update={"block": block, "mask": dict(coco_rle(np.ones((HEIGHT, WIDTH), dtype=bool)))})
+            for block in range(1, self.blocks)
+            for result in results
+        ]
         if self.shuffles:
             results.reverse()
         return SegmentationResponse(
@@ -111,13 +123,17 @@ def truth(data: Path) -> Iterator[tuple[TruthfulServer, str]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.reply({"data": [{"id": "truth"}]})
+            self.reply({"data": server.models})
 
         def do_POST(self) -> None:
             server.keys.append(self.headers["Authorization"])
             body = self.rfile.read(int(self.headers["Content-Length"]))
             request = SegmentationRequest.model_validate_json(body)
             server.requests.append(request)
+            if server.breaks:
+                server.breaks -= 1
+                self.send_error(500)
+                return
             if server.refusals:
                 server.refusals -= 1
                 self.send_error(429)
@@ -183,8 +199,8 @@ def test_a_truthful_server_scores_one(data, truth, tmp_path, capsys):
     for line in masks:
         assert np.array_equal(from_coco_rle(line["mask"]), photos[line["file"]].union(line["ids"]))
     asked = [request.expressions or request.classes for request in server.requests]
-    assert asked == [["cat", "wine glass", "kite"]] * 4
-    assert sorted(bool(request.classes) for request in server.requests) == [False, False, True, True]
+    assert asked == [["cat"], *[["cat", "wine glass", "kite"]] * 4]  # the first asks for the grid
+    assert sorted(bool(request.classes) for request in server.requests[1:]) == [False, False, True, True]
     assert set(server.keys) == {"Bearer secret"}
     assert all((request.on_refusal, request.refiner) == ("force", "none") for request in server.requests)
 
@@ -194,16 +210,17 @@ def test_without_the_grammar_a_refusal_is_taken_as_it_is(data, truth):
     assert (
         train_command.run_eval([str(data), "--url", url, "--grammar", "off", "--refiner", "sharp", "--limit", "1"]) == 0
     )
-    (request,) = server.requests
+    first, request = server.requests
+    assert (first.grammar, first.on_refusal, first.expressions) == ("on", "force", ["cat"])
     assert (request.grammar, request.on_refusal, request.refiner) == ("off", "return", "sharp")
-    assert server.keys == [None]
+    assert server.keys == [None, None]
 
 
 def test_more_expressions_than_a_request_takes_are_sent_in_parts(data, truth, monkeypatch):
     server, url = truth
     monkeypatch.setattr(train_command, "MOST_EXPRESSIONS", 2)
     assert train_command.run_eval([str(data), "--url", url, "--concurrency", "1"]) == 0
-    assert [len(request.expressions) for request in server.requests] == [2, 1, 2, 1]
+    assert [len(request.expressions) for request in server.requests[1:]] == [2, 1, 2, 1]
 
 
 def test_an_answer_with_too_few_results_is_named(data, truth):
@@ -218,6 +235,120 @@ def test_what_a_server_refuses_is_told(data, truth):
     server.status = 503
     with pytest.raises(RelayServingError, match=r"/v1/models answered 503: .*truth"):
         train_command.run_eval([str(data), "--url", url])
+
+
+def evaluated(data: Path, url: str, output: Path, *flags: str) -> dict[str, Any]:
+    assert train_command.run_eval([str(data), "--url", url, "--output", str(output), "--concurrency", "1", *flags]) == 0
+    return json.loads((output / "report.json").read_text())
+
+
+def test_what_a_server_could_not_answer_is_wrong_by_every_figure(data, truth, tmp_path, capsys):
+    server, url = truth
+    server.changed = lambda result: result.model_copy(update={"status": "error", "mask": None})
+    report = evaluated(data, url, tmp_path / "out")
+    figures = [report[name]["value"] for name in ("n_acc", "t_acc", "t_acc_all", "macro_ciou")]
+    assert figures == [0.0, 0.0, 0.0, None]
+    assert {row["giou"]["value"] for row in (*report["classes"], *report["kinds"])} == {0.0}
+    assert capsys.readouterr().out.startswith("**6 questions were not answered, and count as wrong.**")
+    # They are asked again, and nothing else is.
+    server.requests.clear()
+    server.changed = lambda result: result
+    assert evaluated(data, url, tmp_path / "out")["n_acc"]["value"] == 1.0
+    assert len(server.requests) == 3
+    assert evaluated(data, url, tmp_path / "out")["n_acc"]["value"] == 1.0
+    assert len(server.requests) == 4
+
+
+def test_an_evaluation_that_was_ended_goes_on(data, truth, tmp_path):
+    server, url = truth
+    whole = evaluated(data, url, tmp_path / "whole")
+    server.drops = 0
+    server.changed = lambda result: None if len(server.requests) > 5 else result
+    server.requests.clear()
+    lines = (tmp_path / "whole" / "masks.jsonl").read_text()
+    first = lines[: lines.index('{"file": "images/b.png"')]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text((tmp_path / "whole" / "run.json").read_text())
+    (tmp_path / "out" / "masks.jsonl").write_text(first + lines[len(first) : len(first) + 20])  # cut off by a kill
+    assert evaluated(data, url, tmp_path / "out") == whole
+    assert (tmp_path / "out" / "masks.jsonl").read_text() == lines
+    assert len(server.requests) == 2  # one for the grid, one about the second photo
+
+
+def test_a_folder_of_another_evaluation_is_refused(data, truth, tmp_path):
+    _, url = truth
+    evaluated(data, url, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"out', which holds an evaluation with grammar 'on', and now it is 'off'"):
+        evaluated(data, url, tmp_path / "out", "--grammar", "off")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"file', which cannot be used: File exists"):
+        evaluated(data, url, tmp_path / "file")
+
+
+def test_of_several_descriptors_the_first_counts(data, truth, tmp_path):
+    server, url = truth
+    server.blocks = 2
+    report = evaluated(data, url, tmp_path / "out", "--grammar", "off", "--multi-class")
+    assert (report["macro_classes"], report["n_acc"]["value"], report["mean_iou"]) == ([], 1.0, 1.0)
+    assert {row["ciou"]["value"] for row in report["classes"]} == {1.0}
+
+
+def test_the_grid_is_the_servers(data, truth, tmp_path):
+    server, url = truth
+    server.grid = (24, 24)
+    assert evaluated(data, url, tmp_path / "out")["settings"]["grid"] == 24
+    assert evaluated(data, url, tmp_path / "same", "--grid", "24")["settings"]["grid"] == 24
+    with pytest.raises(UsageError, match="--grid is 16, and the server answers on a grid of 24x24"):
+        evaluated(data, url, tmp_path / "other", "--grid", "16")
+
+
+def test_of_several_models_one_is_named(data, truth, tmp_path):
+    server, url = truth
+    server.models = [{"id": "base"}, {"id": "mine", "parent": "base"}]
+    with pytest.raises(UsageError, match=r"--served-model is missing; .* serves base, mine"):
+        evaluated(data, url, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"--served-model is 'yours'; .* serves base, mine"):
+        evaluated(data, url, tmp_path / "out", "--served-model", "yours")
+    assert evaluated(data, url, tmp_path / "out", "--served-model", "mine")["model"] == "mine"
+    assert {request.model for request in server.requests} == {"mine"}
+    assert train_command.Server(url, wants_adapter=True).model == "mine"
+
+
+def test_a_failure_that_passes_costs_nothing(data, truth, tmp_path, monkeypatch):
+    server, url = truth
+    monkeypatch.setattr(train_command, "BUSY_WAIT_SECONDS", 0.01)
+    server.breaks = 3
+    assert evaluated(data, url, tmp_path / "out")["n_acc"]["value"] == 1.0
+    server.breaks = 4
+    with pytest.raises(RelayServingError, match="answered 500"):
+        evaluated(data, url, tmp_path / "another")
+
+
+def test_a_mask_of_another_size_is_named(data, truth, tmp_path):
+    server, url = truth
+    small = dict(coco_rle(np.ones((3, 4), dtype=bool)))
+    server.changed = lambda result: result.model_copy(update={"mask": small})
+    with pytest.raises(RelayServingError, match=r"images/a\.png: is 30 by 40, a mask came back of \(3, 4\)"):
+        evaluated(data, url, tmp_path / "out")
+
+
+def test_a_class_list_that_failed_ends_the_evaluation(data, truth, tmp_path):
+    server, url = truth
+
+    def failed_lists(result: SegmentationResult) -> SegmentationResult:
+        return result if result.expression else result.model_copy(update={"status": "error", "mask": None})
+
+    server.changed = failed_lists
+    with pytest.raises(RelayServingError, match=r"images/a\.png: the question for cat, wine glass, kite failed"):
+        evaluated(data, url, tmp_path / "out", "--multi-class")
+
+
+def test_an_expression_that_no_request_takes_is_named_before_anything_is_asked(data, tmp_path):
+    photo = {"file": "images/a.png", "width": WIDTH, "height": HEIGHT}
+    photo["expressions"] = [{"text": "a" * 401, "ids": [], "kind": "other"}]
+    (data / "set.jsonl").write_text(json.dumps(photo))
+    with pytest.raises(UsageError, match=r"images/a\.png: an expression of 401 characters"):
+        train_command.run_eval([str(data / "set.jsonl"), "--url", "http://127.0.0.1:9"])
 
 
 # ---------------------------------------------------------------- what a mistake says

@@ -79,6 +79,44 @@ def test_what_is_asked_of_a_photo():
     assert queries_of(PHOTO)[0].prompt == "Please segment only the cat in the image."
 
 
+def test_an_expression_that_means_nothing_is_asked_for_in_vain():
+    """As gRefCOCO has them: no-targets count in N-acc, gIoU and cIoU beside the others."""
+    said = (*PHOTO.expressions, Expression("the red cat", (), "other"), Expression("a cat", (0,), "other"))
+    shown = replace(PHOTO, expressions=said)
+    assert [(query.text, query.kind, query.ids) for query in queries_of(shown)[-2:]] == [
+        ("the red cat", "absent expression", ()),
+        ("a cat", "other", (0,)),
+    ]
+    for answer, n_acc in ((perfect, 1.0), (all_over, 0.0)):
+        report = evaluate([shown], answer, settings=QUICK)
+        assert (report.expression_n_acc.value, report.expression_n_acc.n) == (n_acc, 1)
+        assert (report.expression_t_acc_all.value, report.expression_t_acc_all.n) == (1.0, 3)
+    totals = {row.name: row for row in report.totals}
+    assert {name: row.n for name, row in totals.items()} == {
+        "classes": 2,
+        "classes, and absent ones": 4,
+        "expressions": 3,
+        "expressions, and absent ones": 4,
+    }
+    frame = SIDE * SIDE
+    cat, dogs, dog = 16, 16, 8  # the crowd is not counted for one dog
+    assert totals["expressions"].ciou.value == pytest.approx((cat + dogs + dog) / (2 * frame + frame - 8))
+    assert totals["expressions, and absent ones"].ciou.value == pytest.approx((cat + dogs + dog) / (4 * frame - 8))
+    assert totals["expressions, and absent ones"].giou.value == pytest.approx((16 / 64 + 16 / 64 + 8 / 56 + 0) / 4)
+    assert "| N-acc, expressions | 1 | 0.000" in report.to_markdown()
+    assert "N-acc, expressions" not in evaluate([PHOTO], perfect, settings=QUICK).to_markdown()
+
+
+def test_what_was_not_answered_is_wrong_by_every_figure():
+    def broken(photo: Photo, queries: list[Query]) -> list[Reply]:
+        return [Reply(truth_of(photo, query)[0], "error") for query in queries]
+
+    report = evaluate([PHOTO, OTHER], broken, settings=QUICK)
+    assert (report.n_acc.value, report.t_acc.value, report.t_acc_all.value, report.macro_ciou.value) == (0, 0, 0, 0)
+    assert all(row.giou.value == 0 for row in (*report.kinds, *report.totals))
+    assert report.to_markdown().startswith("**8 questions were not answered, and count as wrong.**")
+
+
 def test_a_class_that_may_lack_masks_is_not_asked_for():
     for limit in ({"unsure": ("dog", "bus")}, {"labelled_classes": ("cat", "kite"), "absent": ("kite",)}):
         found = queries_of(replace(PHOTO, **limit))

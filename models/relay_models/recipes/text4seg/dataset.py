@@ -38,7 +38,7 @@ from relay_models.text4seg.labels import BACKGROUND, check_label, match_key
 
 logger = logging.getLogger(__name__)
 
-EXPRESSION_KINDS = ("class", "position", "size", "relation")
+EXPRESSION_KINDS = ("class", "position", "size", "relation", "other")
 PROVENANCES = ("gt", "pseudo")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_SIDE = 65_535  # of a photo, as in `relay_models.images.ImageLimits`
@@ -107,7 +107,7 @@ class Expression:
 
     Attributes:
         text: as one would say it.
-        ids: of the instances meant, at least one.
+        ids: of the instances meant; none where nothing in the photo is.
         kind: one of `EXPRESSION_KINDS`. "class" names all instances of a class, the others single ones.
     """
 
@@ -251,7 +251,7 @@ def load_jsonl(path: str | Path, image_folder: str | Path) -> list[Photo]:
     An object has `file` (relative to ``image_folder``), `width`, `height`, and may have
         `instances`: each `id`, `label`, `mask` (COCO RLE of the photo's size), optional `provenance` ("gt" or
             "pseudo"), `crowd`, `group`
-        `expressions`: each `text`, `ids`, `kind` (one of `EXPRESSION_KINDS`)
+        `expressions`: each `text`, `ids` (an empty list where it means nothing), `kind` (one of `EXPRESSION_KINDS`)
         `absent`, `unsure`, `labelled_classes`: lists of classes
         `negative`: true or false
         `marked_by_hand`: true or false: whether people marked every object; told by `provenance` where it is missing
@@ -315,8 +315,8 @@ def _jsonl_expression(record: _Record, known: set[int]) -> Expression:
     if kind not in EXPRESSION_KINDS:
         raise record.error("kind", f"must be one of {', '.join(EXPRESSION_KINDS)}, got {_shown(kind)}")
     ids = record.get("ids")
-    if not (isinstance(ids, list) and ids and all(type(item) is int for item in ids) and len(set(ids)) == len(ids)):
-        raise record.error("ids", f"must be a list of at least one id, each once, got {_shown(ids)}")
+    if not (isinstance(ids, list) and all(type(item) is int for item in ids) and len(set(ids)) == len(ids)):
+        raise record.error("ids", f"must be a list of ids, each once, got {_shown(ids)}")
     if unknown := [item for item in ids if item not in known]:
         raise record.error("ids", f"names {_shown(unknown[0])}, the id of no instance of this photo")
     return Expression(text, tuple(ids), kind)

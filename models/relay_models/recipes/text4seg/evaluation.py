@@ -7,14 +7,16 @@ What is asked, of each photo, all in one sentence (`class_question`):
                       and groups included
     absent            classes that are surely not there, by their bare name; the truth is nothing
     class expression  an expression of kind "class" ("all people"), where the photo has all masks of each class meant
-    position, size, relation   an expression for single instances; crowds and groups of their classes are left out of
-                      the count, because nobody knows whether they are among them
+    position, size, relation, other   an expression for single instances; crowds and groups of their classes are left
+                      out of the count, because nobody knows whether they are among them
+    absent expression   an expression that means nothing in the photo, as gRefCOCO has them
 
 What it promises:
     - Whoever answers is behind one call (`Answerer`): a server, an engine, a module. `from_texts` makes one of
       whatever writes answers as text.
     - Every figure stands beside its n, its 95 % interval and, for masks, its ceiling: the score of the truth itself
       after it went through the grid.
+    - What the answerer failed to answer is wrong by every figure, and the report says how often that was.
     - Masks are counted when they come, and none is kept.
     - Equal photos, settings and answers give an equal report.
 """
@@ -63,9 +65,10 @@ from relay_models.text4seg.codec import decode_answer
 from relay_models.text4seg.geometry import upsample
 from relay_models.text4seg.prompts import template_index
 
-CLASS, ABSENT, CLASS_EXPRESSION = "class", "absent", "class expression"
-QUERY_KINDS = (CLASS, ABSENT, CLASS_EXPRESSION, *EXPRESSION_KINDS[1:])
+CLASS, ABSENT, CLASS_EXPRESSION, ABSENT_EXPRESSION = "class", "absent", "class expression", "absent expression"
+QUERY_KINDS = (CLASS, ABSENT, CLASS_EXPRESSION, *EXPRESSION_KINDS[1:], ABSENT_EXPRESSION)
 COMPLETE = "complete"
+FAILED = "error"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Query:
     Attributes:
         text: what is asked for, a class or an expression.
         kind: one of `QUERY_KINDS`.
-        label: the class it is about; of several, that of the first instance.
+        label: the class it is about; of several, that of the first instance; the text itself for what is absent.
         ids: of the instances meant; none for what is absent.
     """
 
@@ -96,7 +99,8 @@ class Reply:
 
     Attributes:
         mask_HW: of the photo's size; bool or uint8.
-        status: "complete", or what was wrong with the text (`DescriptorStatus`), or a word of the answerer's own.
+        status: "complete", or what was wrong with the text (`DescriptorStatus`), or a word of the answerer's own. With
+            `FAILED` there is no answer, and the mask does not count.
     """
 
     mask_HW: AnyMask  # noqa: N815
@@ -174,8 +178,11 @@ class EvaluationReport:
         macro_ciou: the mean over the classes of at least `settings.min_photos` photos.
         macro_ceiling: of their ceilings. macro_classes: which they are.
         n_acc, t_acc, t_acc_all: of absent and of class queries.
+        expression_n_acc, expression_t_acc_all: of expressions that mean nothing and of the others, as gRefCOCO counts.
+        totals: over all of several kinds, as the papers' own tables are: class queries, these and absent ones,
+            expressions that mean something, all expressions.
         classes: by descending n. kinds: in the order of `QUERY_KINDS`. areas: of class queries, by area of the truth.
-        mean_iou, mean_iou_as_published: of multi-class questions, or None where none was asked.
+        mean_iou, mean_iou_as_published: of multi-class questions, without interval, or None where none was asked.
         statuses: how many replies had which status.
     """
 
@@ -192,6 +199,9 @@ class EvaluationReport:
     n_acc: Score
     t_acc: Score
     t_acc_all: Score
+    expression_n_acc: Score
+    expression_t_acc_all: Score
+    totals: tuple[Row, ...]
     classes: tuple[Row, ...]
     kinds: tuple[Row, ...]
     areas: tuple[Row, ...]
@@ -266,7 +276,8 @@ def evaluate(
         statuses.update(reply.status for reply in replies)
         for query, reply in zip(queries, replies, strict=True):
             truth_HW, ignore_HW = truth_of(photo, query)
-            outcomes.append(_outcome(photo, query, reply.mask_HW, truth_HW, ignore_HW))
+            mask_HW = _wrong_mask(truth_HW) if reply.status == FAILED else reply.mask_HW
+            outcomes.append(_outcome(photo, query, mask_HW, truth_HW, ignore_HW))
             best.append(_outcome(photo, query, ceiling_mask(truth_HW, settings.grid), truth_HW, ignore_HW))
         if map_HW is not None:
             counts.add(_confusion(photo, classes, map_HW), [0, *(place[label] for label in classes)])
@@ -313,6 +324,9 @@ def queries_of(photo: Photo, settings: EvaluationSettings | None = None) -> list
     ]
     found += [Query(label, ABSENT, label, ()) for label in _absent_asked(photo, settings)]
     for expression in photo.expressions:
+        if not expression.ids:
+            found.append(Query(expression.text, ABSENT_EXPRESSION, expression.text, ()))
+            continue
         labels = [label_of[number] for number in expression.ids]
         kind = CLASS_EXPRESSION if expression.kind == "class" else expression.kind
         if kind != CLASS_EXPRESSION or all(map(photo.is_complete, labels)):
@@ -332,7 +346,7 @@ def _absent_asked(photo: Photo, settings: EvaluationSettings) -> list[str]:
 def truth_of(photo: Photo, query: Query) -> tuple[BoolMask, BoolMask | None]:
     """[H, W] the mask asked for, and the pixels of which nobody knows whether they belong to it."""
     truth_HW = photo.union(query.ids)
-    if query.kind in (CLASS, ABSENT, CLASS_EXPRESSION):
+    if query.kind in (CLASS, ABSENT, CLASS_EXPRESSION, ABSENT_EXPRESSION):
         return truth_HW, None
     labels = {instance.label for instance in photo.instances if instance.id in query.ids}
     untold = [instance.id for instance in photo.instances if instance.label in labels and not instance.is_one_object]
@@ -361,6 +375,11 @@ def _read(photo: Photo, query: Query, text: str, grid: int) -> Reply:
         return Reply(np.zeros((photo.height, photo.width), dtype=np.uint8), answer.status.value)
     cells_GG = answer.descriptors[0].mask(query.text)
     return Reply(upsample(cells_GG, photo.height, photo.width), answer.status.value)
+
+
+def _wrong_mask(truth_HW: BoolMask) -> BoolMask:
+    """The mask that scores nothing by any figure."""
+    return np.full_like(truth_HW, not truth_HW.any())
 
 
 def _check_replies(photo: Photo, queries: Sequence[Query], replies: Sequence[Reply]) -> None:
@@ -480,8 +499,8 @@ def _report(
     kinds, areas = _grouped(pairs, lambda outcome: outcome.kind), _grouped(of_class, area_bucket)
     counted = {label: found for label, found in classes if len(found) >= settings.min_photos}
 
-    def scored(ratio: Ratio, kind: str) -> Score:
-        asked = [outcome for outcome in outcomes if outcome.kind == kind]
+    def scored(ratio: Ratio, *kinds: str) -> Score:
+        asked = [outcome for outcome in outcomes if outcome.kind in kinds]
         return score(ratio, asked, seed=settings.seed, resamples=settings.resamples)
 
     def averaged(place: int) -> Score:
@@ -502,6 +521,9 @@ def _report(
         n_acc=scored(N_ACC, ABSENT),
         t_acc=scored(T_ACC, CLASS),
         t_acc_all=scored(T_ACC_ALL, CLASS),
+        expression_n_acc=scored(N_ACC, ABSENT_EXPRESSION),
+        expression_t_acc_all=scored(T_ACC_ALL, *_EXPRESSIONS),
+        totals=_totals(pairs, settings),
         classes=tuple(_row(label, found, settings) for label, found in classes),
         kinds=tuple(_row(kind, kinds[kind], settings) for kind in QUERY_KINDS if kind in kinds),
         areas=tuple(_row(name, areas[name], settings) for name, _ in AREA_BUCKETS if name in areas),
@@ -512,6 +534,24 @@ def _report(
 
 
 Pair = tuple[Outcome, Outcome]
+
+_EXPRESSIONS = (CLASS_EXPRESSION, *EXPRESSION_KINDS[1:])
+_TOTALS = {
+    "classes": (CLASS,),
+    "classes, and absent ones": (CLASS, ABSENT),
+    "expressions": _EXPRESSIONS,
+    "expressions, and absent ones": (*_EXPRESSIONS, ABSENT_EXPRESSION),
+}
+
+
+def _totals(pairs: Sequence[Pair], settings: EvaluationSettings) -> tuple[Row, ...]:
+    """Of each set of kinds of which something was asked; one with absent ones only where some of them were."""
+    rows: list[Row] = []
+    for name, kinds in _TOTALS.items():
+        met = [pair for pair in pairs if pair[0].kind in kinds]
+        if met and any(pair[0].kind == kinds[-1] for pair in met) | (kinds == _EXPRESSIONS):
+            rows.append(_row(name, met, settings))
+    return tuple(rows)
 
 
 def _grouped(pairs: Iterable[Pair], key: Callable[[Outcome], str]) -> dict[str, list[Pair]]:
@@ -536,7 +576,9 @@ def _markdown(report: EvaluationReport) -> str:
     settings = report.settings
     conditions = "".join(f", {name}: {value}" for name, value in report.conditions)
     least = f"classes with at least {settings.min_photos} photos"
+    failed = dict(report.statuses).get(FAILED, 0)
     lines = [
+        *([f"**{failed} questions were not answered, and count as wrong.**", ""] if failed else []),
         f"{report.model or 'The model'} on {report.data or 'the photos'}{conditions}. {report.num_photos} photos, "
         f"{report.num_queries} questions ({report.prompt!r}), {settings.grid}x{settings.grid} grid. In brackets: 95 % "
         f"intervals, bootstrapped over photos ({settings.resamples} resamples, seed {settings.seed}).",
@@ -548,6 +590,11 @@ def _markdown(report: EvaluationReport) -> str:
         f"| T-acc, truth at least {VISIBLE_SHARE:.0%} of the frame | {report.t_acc.n} | {report.t_acc} | |",
         f"| T-acc, all | {report.t_acc_all.n} | {report.t_acc_all} | |",
     ]
+    if report.expression_n_acc.n:
+        lines += [
+            f"| N-acc, expressions | {report.expression_n_acc.n} | {report.expression_n_acc} | |",
+            f"| T-acc, expressions | {report.expression_t_acc_all.n} | {report.expression_t_acc_all} | |",
+        ]
     if report.mean_iou is not None:
         lines.append(
             f"| mIoU (as published: {_figure(report.mean_iou_as_published)}) | | {_figure(report.mean_iou)} | |"
@@ -555,7 +602,14 @@ def _markdown(report: EvaluationReport) -> str:
     shown = [row for row in report.classes if row.n >= settings.min_photos]
     rest = [row for row in report.classes if row.n < settings.min_photos]
     lines += ["", *_table(f"class ({least})", shown)]
-    lines += ["", *_table("kind of question", report.kinds), "", *_table("area of the truth, classes", report.areas)]
+    lines += [
+        "",
+        *_table("all questions for", report.totals),
+        "",
+        *_table("kind of question", report.kinds),
+        "",
+        *_table("area of the truth, classes", report.areas),
+    ]
     if rest:
         lines += ["", *_table("class (fewer photos)", rest)]
     if report.statuses:

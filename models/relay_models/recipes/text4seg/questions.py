@@ -4,7 +4,7 @@ Legend: G rows and columns of the grid; a cell holds an index into a question's 
 
 The kinds of questions, in the sentences of arXiv 2410.09855 (`relay_models.text4seg.prompts`):
     class                      all of one class, by its name or by an expression of kind "class"
-    position, size, relation   one instance, by an expression
+    position, size, relation, other   one instance, by an expression; or, where it means nothing, `absent`
     absent                     a class that is not there: the answer is `others` everywhere
     classes                    several classes at once, present and absent ones
     everything                 whatever is there
@@ -44,7 +44,7 @@ Cells = npt.NDArray[np.uint8]
 CellMask = npt.NDArray[np.bool_]
 Span = tuple[int, int]
 
-QUESTION_KINDS = ("class", "position", "size", "relation", "absent", "classes", "everything")
+QUESTION_KINDS = ("class", "position", "size", "relation", "other", "absent", "classes", "everything")
 MAX_LABELS = 255  # of one question, so that cells fit in uint8
 
 # How often a class of a map is asked for by its bare name, as evaluations do, and in the ways of `_called`.
@@ -269,6 +269,9 @@ def _expression_questions(photo: Photo, grid: int, rng: np.random.Generator, mix
     by_id = {instance.id: instance for instance in photo.instances}
     found = []
     for expression in photo.expressions:
+        if not expression.ids:
+            found.append(_refer(expression.text, _nowhere(grid), _nowhere(grid), "absent", rng, mix))
+            continue
         meant = [by_id[number] for number in expression.ids]
         if expression.kind == "class" and not all(photo.is_complete(instance.label) for instance in meant):
             continue
