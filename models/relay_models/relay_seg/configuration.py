@@ -19,6 +19,8 @@ class RelaySegConfig(PreTrainedConfig):
         image_token_id: the token that stands for each of them.
         lora_rank, lora_alpha: of the change to the language model, see `activated_lora`; a rank of 0 for none.
         projector_width, projector_layers, projector_heads, projector_classes: see `ProjectorSizes`.
+        projector_present_above, projector_named_above: see `ProjectorSizes`; the defaults are those of older weights,
+            whose files do not say.
         feature_channels: of the encoder's features, a cell.
         text4seg: what serving has to know of the training, see `relay_models.text4seg.profiles`.
     """
@@ -37,6 +39,8 @@ class RelaySegConfig(PreTrainedConfig):
         projector_layers: int = 3,
         projector_heads: int = 4,
         projector_classes: int = 80,
+        projector_present_above: float = 0.03,
+        projector_named_above: float = 0.1,
         lora_rank: int = 0,
         lora_alpha: float = 0.0,
         text4seg: dict[str, Any] | None = None,
@@ -52,6 +56,8 @@ class RelaySegConfig(PreTrainedConfig):
         self.projector_layers = projector_layers
         self.projector_heads = projector_heads
         self.projector_classes = projector_classes
+        self.projector_present_above = projector_present_above
+        self.projector_named_above = projector_named_above
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha
         self.text4seg = text4seg if text4seg is not None else {"grid": grid}

@@ -27,6 +27,8 @@ def projector_sizes(config: RelaySegConfig) -> ProjectorSizes:
         num_layers=config.projector_layers,
         num_heads=config.projector_heads,
         num_classes=config.projector_classes,
+        present_above=config.projector_present_above,
+        named_above=config.projector_named_above,
         out_width=config.text_config.hidden_size,
     )
 

@@ -31,16 +31,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A class is on the map if some cell shows it at least this likely. So low because what is small, or rare in training,
-# is never likely.
-PRESENT_ABOVE = 0.015
-# Of a cell at an outline, or of a rare thing, "nothing that has a name" is often far likelier although it is there.
-NAMED_ABOVE = 0.1
-
 
 @dataclass(frozen=True)
 class ProjectorSizes:
-    """Of what `Projector` is made; the values are relay-seg-tiny's."""
+    """Of what `Projector` is made; the values are those that training begins with.
+
+    Attributes:
+        present_above: a class is on the map if some cell shows it likelier than this. So low because what is small, or
+            rare in training, is never likely.
+        named_above: of a cell at an outline, or of a rare thing, "nothing that has a name" is often far likelier
+            although it is there; what is likelier than this may be shown.
+    """
 
     channels: int = 1728
     grid: int = 16
@@ -49,6 +50,8 @@ class ProjectorSizes:
     num_heads: int = 4
     num_classes: int = 80
     out_width: int = 576
+    present_above: float = 0.015
+    named_above: float = 0.1
 
 
 class _Layer(nn.Module):
@@ -96,7 +99,12 @@ class Projector(nn.Module):
         self.unused_D = nn.Parameter(torch.zeros(sizes.out_width))
 
     def forward(self, features_NCGG: Tensor) -> Tensor:
-        return self.tokens(decide(self.classify(self.hidden(features_NCGG))))
+        return self.tokens(self.decided(features_NCGG))
+
+    def decided(self, features_NCGG: Tensor) -> Tensor:
+        """What pictures show, [N, T], see `decide`."""
+        logits_NTK = self.classify(self.hidden(features_NCGG))
+        return decide(logits_NTK, present_above=self.sizes.present_above, named_above=self.sizes.named_above)
 
     def hidden(self, features_NCGG: Tensor) -> Tensor:
         """What is known of each cell, [N, T, E]."""
@@ -120,17 +128,17 @@ class Projector(nn.Module):
         return torch.where(runs.is_used_NT[..., None], tokens_NTD, self.unused_D)
 
 
-def decide(class_logits_NTK: Tensor) -> Tensor:
+def decide(class_logits_NTK: Tensor, *, present_above: float, named_above: float) -> Tensor:
     """[N, T] the class of each cell, 0 for whatever has no name.
 
-    A class that is likelier than `PRESENT_ABOVE` anywhere is there. Of those classes a cell may show each that is
-    likelier than `NAMED_ABOVE` in it, or nowhere likelier than in it; and it shows that of which it has the largest
+    A class that is likelier than ``present_above`` anywhere is there. Of those classes a cell may show each that is
+    likelier than ``named_above`` in it, or nowhere likelier than in it; and it shows that of which it has the largest
     share. So what is small is in front, as where masks meet: a tie is not lost on the person who wears it.
     """
     likely_NTK = class_logits_NTK.float().softmax(-1)[..., 1:]
     highest_N1K = likely_NTK.amax(1, keepdim=True)
-    may_show_NTK = (likely_NTK > NAMED_ABOVE) | (likely_NTK == highest_N1K)
-    may_show_NTK &= highest_N1K > PRESENT_ABOVE
+    may_show_NTK = (likely_NTK > named_above) | (likely_NTK == highest_N1K)
+    may_show_NTK &= highest_N1K > present_above
     share_NTK = likely_NTK / likely_NTK.sum(1, keepdim=True)
     shown = torch.where(may_show_NTK, share_NTK, 0.0).max(-1)
     return torch.where(shown.values > 0, shown.indices + 1, 0)

@@ -410,7 +410,14 @@ def trainer(tokenizer, options: TrainingOptions = OPTIONS) -> _Trainer:
     }
     llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=0, dtype=torch.float32)
     sizes = ProjectorSizes(
-        channels=5, grid=GRID, width=16, num_layers=1, num_heads=2, num_classes=2, out_width=config.hidden_size
+        channels=5,
+        grid=GRID,
+        width=16,
+        num_layers=1,
+        num_heads=2,
+        num_classes=2,
+        out_width=config.hidden_size,
+        present_above=0.2,
     )
     model = Model(Projector(sizes, dropout=0.1), torch.nn.Linear(16, 4), llama, CLASSES)
     rng = np.random.default_rng(0)
@@ -593,7 +600,12 @@ def test_the_small_file_holds_what_was_trained(tokenizer, tmp_path: Path) -> Non
     made.save(tmp_path / "checkpoint.pt", 2, 3.0)
     export(tmp_path / "checkpoint.pt", tmp_path / "weights" / "small.safetensors")
     settings, tensors = read_trained(tmp_path / "weights" / "small.safetensors")
-    assert settings == {"lora_alpha": 4.0, "projector_classes": 2}
+    assert settings == {
+        "lora_alpha": 4.0,
+        "projector_classes": 2,
+        "projector_present_above": 0.2,
+        "projector_named_above": 0.1,
+    }
     made.model.llama.merge()
     layer = made.model.llama.layers[1]
     base, merged = layer.qkv.base[:48], layer.qkv.merged[:48]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -87,8 +88,19 @@ def test_tokens_of_a_picture_are_those_of_the_classes_it_shows() -> None:
     features = torch.randn(2, 7, 3, 3)
     with torch.no_grad():
         logits = made.classify(made.hidden(features))
-        assert torch.equal(made(features), made.tokens(decide(logits)))
-    assert decide(logits).shape == (2, 9)
+        class_NT = decide(logits, present_above=0.015, named_above=0.1)
+        assert torch.equal(made.decided(features), class_NT)
+        assert torch.equal(made(features), made.tokens(class_NT))
+    assert class_NT.shape == (2, 9)
+
+
+def test_the_thresholds_are_the_models_own() -> None:
+    made = projector()
+    features = torch.randn(2, 7, 3, 3)
+    with torch.no_grad():
+        assert made.decided(features).any()
+        made.sizes = replace(SIZES, present_above=1.0)
+        assert not made.decided(features).any()
 
 
 # Three cells, nothing and two classes: how likely each is, and what the cells show.
@@ -107,7 +119,7 @@ def test_tokens_of_a_picture_are_those_of_the_classes_it_shows() -> None:
 )
 def test_a_cell_shows_what_is_likely_enough(likely: list[tuple[float, ...]], expected: list[int]) -> None:
     logits_NTK = torch.tensor([likely, [(1.0, 0.0, 0.0)] * 3]).log()
-    assert decide(logits_NTK).tolist() == [expected, [0, 0, 0]]
+    assert decide(logits_NTK, present_above=0.03, named_above=0.1).tolist() == [expected, [0, 0, 0]]
 
 
 def test_cells_are_in_reading_order_and_see_one_another() -> None:

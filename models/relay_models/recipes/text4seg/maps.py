@@ -19,7 +19,7 @@ import torch
 
 from relay_models.recipes.text4seg.cells import cell_targets
 from relay_models.recipes.text4seg.features import Variant
-from relay_models.relay_seg.projector import Projector, decide
+from relay_models.relay_seg.projector import Projector
 
 Map = npt.NDArray[np.int64]
 
@@ -70,7 +70,7 @@ class MapDrawer:
         """[G, G] what the projector makes of a photo."""
         features = torch.from_numpy(np.array(self.variants[number].features[index])[None]).float()
         with torch.no_grad():
-            class_NT = decide(self.projector.classify(self.projector.hidden(features)))
+            class_NT = self.projector.decided(features)
         return class_NT[0].unflatten(0, (self.projector.sizes.grid, -1)).numpy()
 
     def any_class(self, rng: np.random.Generator) -> int:

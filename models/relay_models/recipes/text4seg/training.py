@@ -397,6 +397,10 @@ class _Trainer:
             "options": json.dumps(asdict(self.options)),
             "classes": list(self.model.classes),
             "projector": self.model.projector.state_dict(),
+            "decision": {
+                "projector_present_above": self.model.projector.sizes.present_above,
+                "projector_named_above": self.model.projector.sizes.named_above,
+            },
             "shape_head": self.model.shape_head.state_dict(),
             "halves": {name: half.detach() for name, half in self.model.llama.named_halves().items()},
             "optimizer": self.optimizer.state_dict(),
@@ -561,5 +565,6 @@ def export(checkpoint: Path, target: Path) -> None:
         lora_alpha=options["alpha"],
         training=training,
         projector_classes=len(state["classes"]),
+        **state["decision"],
     )
     os.replace(unfinished, target)
