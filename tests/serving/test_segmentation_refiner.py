@@ -28,6 +28,7 @@ from relay_models.refine.interface import RefinedMask, Refiner
 from relay_models.refine.sam import Sam
 from relay_models.text4seg.codec import decode
 from relay_models.text4seg.geometry import upsample
+from relay_serving.segmentation import refining as refining_module
 from relay_serving.segmentation.refining import MOST_DEATHS, RefinerSource, Refining, resolve
 from tiny_server import GRID, TINY_FLAGS, data_url, picture_bytes
 
@@ -59,7 +60,8 @@ def workers(of: int | None = None) -> list[psutil.Process]:
 
 
 async def ask(refining: Refining, *coarse: np.ndarray) -> list[RefinedMask] | None:
-    return await refining.refine(refining.view(drawn_picture()), "drawn", HEIGHT, WIDTH, coarse or [coarse_disc()])
+    masks_drawn = coarse or [coarse_disc()]
+    return await refining.refine(refining.view(drawn_picture()), "drawn", HEIGHT, WIDTH, lambda: masks_drawn)
 
 
 def test_the_process_answers_as_the_library_does(sam_folder: Path) -> None:
@@ -140,7 +142,88 @@ def test_what_cannot_be_loaded_is_given_up_and_said_once(tmp_path: Path, caplog:
     with_refining(tmp_path, use)
 
 
-def test_what_dies_again_and_again_is_given_up(sam_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_clients_that_leave_the_queue_cost_nothing(sam_folder: Path) -> None:
+    """Forty expressions and gone: neither masks are drawn for them, nor is the process asked."""
+    drawn: list[str] = []
+
+    def draw(name: str) -> Callable[[], list[np.ndarray]]:
+        return lambda: [drawn.append(name) or coarse_disc()]
+
+    async def use(refining: Refining) -> None:
+        assert await ask(refining) is not None
+        view = refining.view(drawn_picture())
+        (process,) = workers()
+        process.send_signal(signal.SIGSTOP)
+        tasks = [
+            asyncio.create_task(refining.refine(view, "drawn", HEIGHT, WIDTH, draw(name)))
+            for name in ("first", *["leaves"] * 40, "stays")
+        ]
+        while drawn != ["first"]:
+            await asyncio.sleep(0.01)
+        for task in tasks[1:-1]:
+            task.cancel()
+        await asyncio.gather(*tasks[1:-1], return_exceptions=True)
+        process.send_signal(signal.SIGCONT)
+        assert await tasks[0] is not None
+        assert await tasks[-1] is not None
+        assert drawn == ["first", "stays"]
+
+    with_refining(sam_folder, use)
+
+
+def test_no_memory_in_the_server_costs_no_mask_and_no_process(
+    sam_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    async def use(refining: Refining) -> None:
+        assert await ask(refining) is not None
+        before = workers()
+        for name in ("finish", "_question"):
+            with monkeypatch.context() as patched:
+                patched.setattr(refining_module, name, no_memory)
+                assert await ask(refining) is None
+            assert "failed here in the server" in caplog.text
+            caplog.clear()
+            assert await ask(refining) is not None
+        assert await refining.refine(refining.view(drawn_picture()), "drawn", HEIGHT, WIDTH, no_memory) is None
+        assert await ask(refining) is not None
+        assert workers() == before
+
+    with_refining(sam_folder, use)
+
+
+def test_an_answer_that_cannot_be_read_costs_the_process(
+    sam_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def use(refining: Refining) -> None:
+        assert await ask(refining) is not None
+        (before,) = workers()
+        with monkeypatch.context() as patched:
+            patched.setattr(refining_module.worker, "unpacked", lambda message: np.load(io.BytesIO(b"no archive")))
+            assert await ask(refining) is None
+        assert not before.is_running()
+        assert "it is started anew" in caplog.text
+        assert await ask(refining) is not None
+
+    with_refining(sam_folder, use)
+
+
+def test_all_wait_at_one_time_for_what_is_not_loaded(sam_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(arguments: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(refining_module._Worker, "start", never)
+
+    async def use(refining: Refining) -> None:
+        async with asyncio.timeout(8):  # one after the other they would take 20
+            assert await asyncio.gather(*(ask(refining) for _ in range(20))) == [None] * 20
+
+    with_refining(sam_folder, use, timeout=1.0)
+
+
+def test_what_dies_again_and_again_rests(sam_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def use(refining: Refining) -> None:
         refining._deaths = MOST_DEATHS - 1  # of starts that each cost seconds
         refining.start()
@@ -148,9 +231,12 @@ def test_what_dies_again_and_again_is_given_up(sam_folder: Path, caplog: pytest.
         await refining._loading
         workers()[0].kill()
         assert await ask(refining) is None
-        assert f"{MOST_DEATHS} times in a row" in caplog.text
+        assert f"{MOST_DEATHS} times in a row; masks stay coarse, and it is started anew after 60 s" in caplog.text
         assert await ask(refining) is None
         assert not workers()
+        refining._rests_until = 0.0
+        assert await ask(refining) is not None
+        assert refining._deaths == 0
 
     with_refining(sam_folder, use)
 

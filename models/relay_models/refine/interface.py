@@ -5,11 +5,13 @@
 A server runs the middle step in another process, the library in one go (`Refiner`). A refined mask is taken only where
 it can be right; else the coarse one stays, and the outcome says so. No mask is ever lost to refining:
     SKIPPED   the coarse mask is empty, so there is nothing to point at
-    KEPT      the segmenter's mask is empty, or shares too little with the coarse one to be of the same thing
+    KEPT      the segmenter's mask is empty, or shares too little with the coarse one to be of the same thing, or lost
+              so much to other masks that it does
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,7 +23,7 @@ from PIL import Image
 
 from relay_models.errors import RelayModelsError
 from relay_models.refine.frame import AnyMask, Floats, Frame
-from relay_models.refine.prompts import LARGEST_LOGIT, Prediction, Prompt, Style, prompt_of
+from relay_models.refine.prompts import Prediction, Prompt, Style, prompt_of
 
 if TYPE_CHECKING:
     from relay_models.refine.sam import Sam
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
 # What gained most on ground-truth grids, measured by `vllm-relay bench refining`: box+logits loses cIoU there.
 DEFAULT_STYLE = Style.POINTS_LOGITS
 LEAST_AGREEMENT = 0.3  # IoU with the coarse mask
+MOST_ROUNDS = 3  # in which masks that lost too much are put back; after that, all of them are
+NOBODY = -1
 
 BoolMask = npt.NDArray[np.bool_]
+_NO_LOGITS: Floats = np.zeros(0, dtype=np.float32)
 
 
 class Outcome(StrEnum):
@@ -102,39 +107,66 @@ def finish(
 
     Args:
         disjoint: where refined masks overlap, a pixel goes to the one with the largest logit, and to the first of
-            equals; a coarse mask that stayed counts as a logit of 6.91, with which it was the prompt. A mask may so
-            lose pixels to another one, even all of them.
+            equals. A coarse mask that stays keeps its pixels, as does one whose refined mask would lose so much to
+            others that too little is left of it; of coarse masks that overlap, the first has them.
         least_agreement: IoU with the coarse mask below which a refined one is not taken.
     """
-    refined: list[RefinedMask] = []
-    best_HW = np.zeros((frame.height, frame.width), dtype=np.float32) if disjoint else None
-    owner_HW = np.full((frame.height, frame.width), -1, dtype=np.int32) if disjoint else None
+    coarse_bool = [mask_HW != 0 for mask_HW in coarse]
+    if not disjoint or len(coarse) == 1:
+        return [
+            _chosen(mask_HW, prediction, frame, least_agreement)[1]
+            for mask_HW, prediction in zip(coarse_bool, predictions, strict=True)
+        ]
+    kept: set[int] = set()
+    for _ in range(MOST_ROUNDS):
+        refined, lost = _shared_out(coarse_bool, predictions, frame, least_agreement, kept)
+        if not lost:
+            return refined
+        kept |= lost
+    return _shared_out(coarse_bool, predictions, frame, least_agreement, set(range(len(coarse))))[0]
+
+
+def _shared_out(
+    coarse: Sequence[BoolMask],
+    predictions: Sequence[Prediction | None],
+    frame: Frame,
+    least_agreement: float,
+    kept: set[int],
+) -> tuple[list[RefinedMask], set[int]]:
+    """Masks of which no two have a pixel in common, and those of which too little is left."""
+    outcomes: list[tuple[Outcome, float | None]] = []
+    best_HW = np.zeros((frame.height, frame.width), dtype=np.float32)
+    owner_HW = np.full((frame.height, frame.width), NOBODY, dtype=np.int32)
     for index, (mask_HW, prediction) in enumerate(zip(coarse, predictions, strict=True)):
-        logits_HW, found = _chosen(mask_HW != 0, prediction, frame, least_agreement)
-        refined.append(found)
-        if best_HW is not None and owner_HW is not None:
-            better_HW = logits_HW > best_HW
-            owner_HW[better_HW] = index
-            best_HW[better_HW] = logits_HW[better_HW]
-    if owner_HW is None:
-        return refined
-    return [RefinedMask(owner_HW == i, found.outcome, found.score) for i, found in enumerate(refined)]
+        logits_HW, found = _chosen(mask_HW, prediction, frame, math.inf if index in kept else least_agreement)
+        outcomes.append((found.outcome, found.score))
+        if found.outcome is not Outcome.REFINED:
+            logits_HW = np.where(mask_HW, np.float32(math.inf), np.float32(0))
+        better_HW = logits_HW > best_HW
+        owner_HW[better_HW] = index
+        best_HW[better_HW] = logits_HW[better_HW]
+    masks = [owner_HW == index for index in range(len(coarse))]
+    lost = {
+        index
+        for index, (outcome, _) in enumerate(outcomes)
+        if outcome is Outcome.REFINED and iou(masks[index], coarse[index]) < least_agreement
+    }
+    return [RefinedMask(mask_HW, *outcome) for mask_HW, outcome in zip(masks, outcomes, strict=True)], lost
 
 
 def _chosen(
     coarse_HW: BoolMask, prediction: Prediction | None, frame: Frame, least_agreement: float
 ) -> tuple[Floats, RefinedMask]:
+    """The logits of a mask that is taken, none otherwise; and the mask."""
     if prediction is None:
-        return _as_logits(coarse_HW), RefinedMask(coarse_HW, Outcome.SKIPPED)
+        return _NO_LOGITS, RefinedMask(coarse_HW, Outcome.SKIPPED)
+    if math.isinf(least_agreement):
+        return _NO_LOGITS, RefinedMask(coarse_HW, Outcome.KEPT, prediction.score)
     logits_HW = frame.restore(prediction.logits_MM)
     mask_HW = logits_HW > 0
     if not mask_HW.any() or iou(mask_HW, coarse_HW) < least_agreement:
-        return _as_logits(coarse_HW), RefinedMask(coarse_HW, Outcome.KEPT, prediction.score)
+        return _NO_LOGITS, RefinedMask(coarse_HW, Outcome.KEPT, prediction.score)
     return logits_HW, RefinedMask(mask_HW, Outcome.REFINED, prediction.score)
-
-
-def _as_logits(mask_HW: BoolMask) -> Floats:
-    return np.where(mask_HW, np.float32(LARGEST_LOGIT), np.float32(-LARGEST_LOGIT))
 
 
 def iou(first_HW: BoolMask, second_HW: BoolMask) -> float:

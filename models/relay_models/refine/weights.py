@@ -39,6 +39,7 @@ MANIFEST = "relay_manifest.json"
 _TEMPORARY_PREFIX = f".{FOLDER}-"
 _CHUNK = 1 << 20
 _LARGEST_ARCHIVE = 64 << 20
+AS_IT_IS = {"Accept-Encoding": "identity"}  # else a mirror may pack it again, and requests unpacks it
 
 Report = Callable[[str], None]
 
@@ -165,10 +166,13 @@ def fetch(target: Path) -> None:
         best = finder.find_best_candidate(PROJECT, SpecifierSet(f"=={VERSION}")).best_candidate
         if best is None:
             raise CheckpointError(f"no {PROJECT}=={VERSION} in the package index pip is configured with")
-        with session.get(best.link.url_without_fragment, stream=True) as answer, target.open("xb") as written:
+        url = best.link.url_without_fragment
+        with session.get(url, headers=AS_IT_IS, stream=True) as answer, target.open("xb") as written:
             answer.raise_for_status()
-            for size, chunk in enumerate(answer.iter_content(_CHUNK)):
-                if size * _CHUNK > _LARGEST_ARCHIVE:
+            size = 0
+            for chunk in answer.iter_content(_CHUNK):  # a chunked answer's are as long as they came
+                size += len(chunk)
+                if size > _LARGEST_ARCHIVE:
                     raise CheckpointError(f"{best.link.filename} is longer than {_LARGEST_ARCHIVE} bytes")
                 written.write(chunk)
 

@@ -1,9 +1,10 @@
 """Sharper masks for the service: a refiner in a process of its own, off the event loop, that no answer depends on.
 
-The process is started with the server and loads once. A query's masks go to it in one question, one query at a time;
-a picture is encoded once for all of its queries. What goes wrong (too slow, out of memory, killed, not loaded) is
-logged and costs the sharpness of the masks in hand, never the masks: they stay coarse, with `refiner: failed`. A
-process that was too slow or died is started anew, until it has died `MOST_DEATHS` times without an answer in between.
+The process is started with the server and loads once. A query's masks go to it in one question, one query at a time,
+and are drawn only then; a picture is encoded once for all of its queries. What goes wrong (too slow, out of memory here
+or there, killed, not loaded) is logged and costs the sharpness of the masks in hand, never the masks: they stay coarse,
+with `refiner: failed`. A process that was too slow or died is started anew; where it did so `MOST_DEATHS` times without
+an answer in between, it rests first, for longer each time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,15 @@ from relay_models.errors import CheckpointError
 from relay_models.refine import weights, worker
 from relay_models.refine.frame import SIDE, AnyMask, Frame
 from relay_models.refine.interface import DEFAULT_STYLE, RefinedMask, finish, prompt_all
-from relay_models.refine.prompts import Prompt
+from relay_models.refine.prompts import Prediction, Prompt
 from relay_serving.settings import REFINER_MOBILE_SAM, REFINER_NONE
 
 logger = logging.getLogger("vllm.relay")
 
 FAILED = "failed"
-LOAD_SECONDS = 600
+LOAD_SECONDS = 3600  # a hub id may have to be fetched first
 MOST_DEATHS = 3
+REST_SECONDS, LONGEST_REST = 60, 3600
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,15 @@ class _Worker:
             raise
         return cls(process, int(hello["side"]), int(hello["mask_side"]))
 
-    async def ask(self, question: bytes) -> dict[str, Any]:
-        """Raises RefusedError, WorkerEndedError."""
+    async def ask(self, question: bytes) -> list[Prediction]:
+        """Raises RefusedError, WorkerEndedError; anything else for an answer that cannot be read."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(question)
             await self._process.stdin.drain()
         except (OSError, RuntimeError) as error:  # uvloop's word for a pipe that it has closed is RuntimeError
             raise WorkerEndedError(await _epitaph(self._process)) from error
-        return await _reply(self._process)
+        return worker.predictions_in(await _reply(self._process))
 
     async def end(self) -> None:
         await _end(self._process)
@@ -121,7 +124,8 @@ class Refining:
 
     Args:
         source: which one.
-        timeout: seconds for the masks of one query; waiting for other queries is not counted.
+        timeout: seconds for the masks of one query, and for what is not loaded yet; waiting for other queries is not
+            counted.
         memory: bytes that the process may use beyond what it has loaded.
     """
 
@@ -134,6 +138,7 @@ class Refining:
         self._loading: asyncio.Task[_Worker] | None = None
         self._asking: set[asyncio.Task[Any]] = set()
         self._deaths = 0
+        self._rests_until = 0.0  # of time.monotonic()
         self._given_up: str | None = None
 
     def start(self) -> None:
@@ -146,72 +151,102 @@ class Refining:
         return Frame(picture.height, picture.width, self.side).view(picture)
 
     async def refine(
-        self, view: Image.Image, picture_id: str, height: int, width: int, coarse: Sequence[AnyMask]
+        self, view: Image.Image, picture_id: str, height: int, width: int, draw: Callable[[], Sequence[AnyMask]]
     ) -> list[RefinedMask] | None:
         """A mask for each coarse one [height, width], none of which overlap; None where refining failed.
 
         Args:
             view: of the picture, from `view`.
             picture_id: the same for the same picture.
+            draw: makes the coarse masks, in a thread, when it is their turn: until then they take no memory.
         """
-        frame = Frame(height, width, self.side)
-        answered = asyncio.create_task(self._ask(view, picture_id, frame, coarse))
-        self._asking.add(answered)
-        answered.add_done_callback(self._asking.discard)
-        # a client that is gone must not leave half a conversation in the pipe
-        predictions = await asyncio.shield(answered)
-        if predictions is None:
+        running = await self._taken()
+        if running is None:
             return None
-        return await asyncio.to_thread(finish, coarse, predictions, frame, disjoint=True)
+        # From here on the turn is the task's: a client that is gone must not leave half a conversation in the pipe.
+        task = asyncio.create_task(
+            self._refine_in_turn(running, view, picture_id, Frame(height, width, self.side), draw)
+        )
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        return await asyncio.shield(task)
 
     async def close(self) -> None:
-        """End the process."""
+        """End the process, now and for good."""
+        self._given_up = "it was closed"
         if self._loading is not None:
             self._loading.cancel()
             with contextlib.suppress(asyncio.CancelledError, RefusedError, WorkerEndedError, TimeoutError):
                 await (await self._loading).end()
-        self._given_up = "it was closed"
 
-    async def _ask(
-        self, view: Image.Image, picture_id: str, frame: Frame, coarse: Sequence[AnyMask]
-    ) -> list[Any] | None:
-        """Predictions, None for an empty mask; or None where it failed, which is logged here."""
-        async with self._turn:
-            if self._given_up is not None:
+    async def _taken(self) -> _Worker | None:
+        """The process, with the turn to ask it; None, without, where there is none. Cancelling gives up the place in
+        the queue."""
+        deadline = time.monotonic() + self._timeout
+        while True:
+            if self._given_up is not None or time.monotonic() < self._rests_until:
                 return None
             self.start()
-            assert self._loading is not None
+            loading = self._loading
+            assert loading is not None
             try:
-                async with asyncio.timeout(self._timeout):
-                    running = await asyncio.shield(self._loading)
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    running = await asyncio.shield(loading)
             except (RefusedError, WorkerEndedError) as error:
                 self._give_up(f"it cannot be loaded: {error}")
                 return None
             except TimeoutError:
                 logger.warning("Refiner %s is still loading; masks stay coarse.", self.name)
                 return None
-            return await self._ask_running(running, view, picture_id, frame, coarse)
+            queued = time.monotonic()
+            await self._turn.acquire()
+            if self._loading is loading:
+                return running
+            self._turn.release()  # it was started anew meanwhile
+            deadline += time.monotonic() - queued
 
-    async def _ask_running(
+    async def _refine_in_turn(
+        self,
+        running: _Worker,
+        view: Image.Image,
+        picture_id: str,
+        frame: Frame,
+        draw: Callable[[], Sequence[AnyMask]],
+    ) -> list[RefinedMask] | None:
+        """Masks, or None where it failed, which is logged here. Ends the turn."""
+        try:
+            coarse = await asyncio.to_thread(draw)
+            predictions = await self._ask(running, view, picture_id, frame, coarse)
+            if predictions is None:
+                return None
+            return await asyncio.to_thread(finish, coarse, predictions, frame, disjoint=True)
+        except Exception:  # memory above all: the coarse masks can still be had
+            logger.exception("Refiner %s failed here in the server; masks stay coarse.", self.name)
+            return None
+        finally:
+            self._turn.release()
+
+    async def _ask(
         self, running: _Worker, view: Image.Image, picture_id: str, frame: Frame, coarse: Sequence[AnyMask]
-    ) -> list[Any] | None:
+    ) -> list[Prediction | None] | None:
+        """Predictions, None for an empty mask; or None where it failed."""
         prompts, question = await asyncio.to_thread(_question, running, view, picture_id, frame, coarse)
         if question is None:
             return [None] * len(prompts)
         try:
             async with asyncio.timeout(self._timeout):
-                reply = await running.ask(question)
+                predictions = await running.ask(question)
         except RefusedError as error:
             logger.warning("Refiner %s failed: %s; masks stay coarse.", self.name, error)
             return None
         except TimeoutError:
             await self._replace(running, f"it took more than {self._timeout:g} s")
             return None
-        except WorkerEndedError as error:
-            await self._replace(running, str(error))
+        except Exception as error:  # whatever it was, the rest of the conversation cannot be trusted
+            await self._replace(running, str(error) or type(error).__name__)
             return None
         self._deaths = 0
-        found = iter(worker.predictions_in(reply))
+        found = iter(predictions)
         return [None if prompt is None else next(found) for prompt in prompts]
 
     async def _load(self) -> _Worker:
@@ -232,11 +267,19 @@ class Refining:
         await running.end()
         self._loading = None
         self._deaths += 1
-        if self._deaths >= MOST_DEATHS:
-            self._give_up(f"{reason}, {self._deaths} times in a row")
-        else:
+        if self._deaths < MOST_DEATHS:
             logger.warning("Refiner %s failed: %s; masks stay coarse, and it is started anew.", self.name, reason)
             self.start()
+            return
+        rest = min(REST_SECONDS * 2 ** (self._deaths - MOST_DEATHS), LONGEST_REST)
+        self._rests_until = time.monotonic() + rest
+        logger.error(
+            "Refiner %s failed: %s, %d times in a row; masks stay coarse, and it is started anew after %g s.",
+            self.name,
+            reason,
+            self._deaths,
+            rest,
+        )
 
     def _give_up(self, reason: str) -> None:
         self._given_up = reason

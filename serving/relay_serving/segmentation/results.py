@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -127,14 +127,14 @@ def label_map_of(
     height: int,
     width: int,
     *,
-    refined: Sequence[FoundMask] = (),
+    refined: Iterable[FoundMask] | None = None,
     image_index: int,
     query_index: int,
     block: int = 0,
 ) -> LabelMap:
     """``refined`` are all of the descriptor's masks, no two of which overlap; without them, the grid is drawn."""
     label_map = upsample(descriptor.grid_HW, height, width)
-    if refined:
+    if refined is not None:
         label_map[:] = 0
         for found in refined:
             label_map[found.mask_HW != 0] = found.value

@@ -21,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from relay_models.coco_export import CocoImage, CocoMask, coco_dataset
 from relay_models.errors import LabelError
 from relay_models.masks import coco_rle
+from relay_models.refine.interface import Outcome, RefinedMask
 from relay_models.text4seg import prompts
 from relay_models.text4seg.codec import OPEN_TAG, Answer, StreamDecoder, decode_on_its_own_grid
 from relay_models.text4seg.grammar import MAX_FREE_CHARACTERS
@@ -249,7 +250,7 @@ class SegmentationService:
                 if isinstance(event, QueryDone):
                     done.append(event)
                 yield event
-            yield AllDone(self._response(request, pictures, done, account))
+            yield AllDone(await asyncio.to_thread(self._response, request, pictures, done, account))
         finally:
             for task in tasks:
                 task.cancel()
@@ -304,6 +305,14 @@ class SegmentationService:
         )
 
 
+@dataclass(frozen=True)
+class _Refined:
+    """What became of a descriptor's masks: the refiner's name and what it made of them, or why they are coarse."""
+
+    refiner: str
+    masks: list[RefinedMask] | None = None
+
+
 class _AnsweredQuery:
     """One query about one picture, from its prompt to its results."""
 
@@ -345,7 +354,7 @@ class _AnsweredQuery:
         refined = await self._refine()
         self._account.refine_seconds = max(self._account.refine_seconds, time.perf_counter() - now)
         now = time.perf_counter()
-        done = await asyncio.get_running_loop().run_in_executor(None, self._make_results, pieces, refined)
+        done = await asyncio.to_thread(self._make_results, pieces, refined)
         self._account.mask_seconds += time.perf_counter() - now
         yield done
 
@@ -432,39 +441,45 @@ class _AnsweredQuery:
         sides = {"height": self._profile.rows, "width": self._profile.columns}
         return decode_on_its_own_grid(self._spoken.text, **sides, labels=self._query.labels)
 
-    async def _refine(self) -> list[results.FoundMask] | None:
-        """The answer's masks, refined or marked as not; None where no refiner is to be used, or there are no masks."""
+    async def _refine(self) -> _Refined | None:
+        """What becomes of the masks of the answer's first descriptor; None where no refiner has to do with them."""
         refining, view = self._service._refiner_of(self._request), self._picture.view
         if refining is None or view is None:
             return None
-        coarse = await asyncio.to_thread(self._masks_to_refine)
-        if not coarse:
+        answer = await asyncio.to_thread(self._answer)
+        if not answer.descriptors:
             return None
-        found = await refining.refine(
-            view, self._picture.id, self._picture.height, self._picture.width, [mask.mask_HW for mask in coarse]
-        )
-        if found is None:
-            return [replace(mask, refiner=FAILED) for mask in coarse]
-        return [results.refined(mask, new, refining.name) for mask, new in zip(coarse, found, strict=True)]
-
-    def _masks_to_refine(self) -> list[results.FoundMask]:
-        """Those of the answer's first descriptor; none where it is all background, or they need too much memory."""
-        answer = self._answer()
-        if not answer.descriptors or len(answer.descriptors[0].labels) == 1:
-            return []
+        if len(answer.descriptors[0].labels) == 1:  # all background
+            return _Refined(Outcome.SKIPPED.value)
         num_masks = len(self._query.wanted or answer.descriptors[0].labels)
         if num_masks * self._picture.height * self._picture.width > MOST_REFINED:
             self._warnings.append(f"{num_masks} masks of this size are too many to be refined: they are coarse")
-            return []
-        return list(self._coarse_masks(answer, 0))
+            return None
+        found = await refining.refine(
+            view,
+            self._picture.id,
+            self._picture.height,
+            self._picture.width,
+            lambda: [mask.mask_HW for mask in self._coarse_masks(answer, 0)],
+        )
+        return _Refined(FAILED) if found is None else _Refined(refining.name, found)
 
     def _coarse_masks(self, answer: Answer, block: int) -> Iterator[results.FoundMask]:
         picture = self._picture
         return results.masks_of(answer.descriptors[block], picture.height, picture.width, self._query.wanted)
 
-    def _make_results(
-        self, pieces: list[tuple[str, float]] | None, refined: list[results.FoundMask] | None
-    ) -> QueryDone:
+    def _masks(self, answer: Answer, block: int, refined: _Refined | None) -> Iterator[results.FoundMask]:
+        """Of one descriptor, refined where they were; only the first one is."""
+        coarse = self._coarse_masks(answer, block)
+        if refined is None or block:
+            yield from coarse
+        elif refined.masks is None:
+            yield from (replace(mask, refiner=refined.refiner) for mask in coarse)
+        else:
+            for mask, new in zip(coarse, refined.masks, strict=True):
+                yield results.refined(mask, new, refined.refiner)
+
+    def _make_results(self, pieces: list[tuple[str, float]] | None, refined: _Refined | None) -> QueryDone:
         answer = self._answer()
         request, query, picture = self._request, self._query, self._picture
         if not answer.descriptors:
@@ -475,8 +490,7 @@ class _AnsweredQuery:
         label_maps: list[LabelMap] = []
         for block, descriptor in enumerate(answer.descriptors):
             place = {"image_index": self._image_index, "query_index": query.index, "block": block}
-            drawn = refined if block == 0 and refined is not None else None
-            for found in self._coarse_masks(answer, block) if drawn is None else drawn:
+            for found in self._masks(answer, block, refined):
                 score = results.label_probability(pieces, answer, block, found.label) if pieces else None
                 result = results.result_of(found, descriptor, write, index=len(made), **place)
                 result.expression, result.score, result.forced = query.expression, score, self._is_forced
@@ -485,8 +499,10 @@ class _AnsweredQuery:
                 if request.coco and not result.empty:
                     coco_masks.append(CocoMask(self._image_index, result.label or "", coco_rle(found.mask_HW), score))
             if request.mask_format is MaskFormat.LABEL_MAP:
+                is_refined = block == 0 and refined is not None and refined.masks is not None
+                drawn = self._masks(answer, block, refined) if is_refined else None
                 label_maps.append(
-                    results.label_map_of(descriptor, picture.height, picture.width, refined=drawn or (), **place)
+                    results.label_map_of(descriptor, picture.height, picture.width, refined=drawn, **place)
                 )
         return QueryDone(tuple(made), tuple(label_maps), tuple(coco_masks))
 

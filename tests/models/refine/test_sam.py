@@ -12,7 +12,7 @@ from random_sam import random_sam
 from relay_models.errors import CheckpointError, RelayModelsError
 from relay_models.refine.frame import Frame
 from relay_models.refine.interface import Outcome, Refiner, finish, iou
-from relay_models.refine.prompts import LARGEST_LOGIT, Prediction, Style, prompt_of
+from relay_models.refine.prompts import Prediction, Style, prompt_of
 from relay_models.refine.sam import Sam
 
 SIDE = 64
@@ -157,17 +157,59 @@ def test_where_masks_overlap_the_largest_logit_wins_and_the_first_of_equals():
     assert not (found[0].mask_HW & found[1].mask_HW).any()
     assert found[1].mask_HW[:120, :120].all()
     assert found[0].mask_HW[140:, :120].all()
-    equal = finish([left_HW, left_HW], [weak, weak], frame, disjoint=True)
-    np.testing.assert_array_equal(equal[0].mask_HW, finish([left_HW], [weak], frame)[0].mask_HW)
-    assert not equal[1].mask_HW.any()
 
 
-@pytest.mark.parametrize(("logit", "wins"), [(LARGEST_LOGIT - 1, "coarse"), (LARGEST_LOGIT + 1, "refined")])
-def test_a_coarse_mask_that_stayed_counts_with_the_logit_it_prompts_with(logit, wins):
+def test_a_mask_that_would_lose_nearly_all_of_itself_keeps_its_coarse_pixels():
+    """A shirt on a person of whom the segmenter draws all, and with more certainty."""
+    frame, left_HW, right_HW = frame_and_halves()
+    everything = prediction(np.full((256, 256), 12.0))
+    shirt = prediction(np.where(left_HW, 5.0, -5.0))
+    for order in ((0, 1), (1, 0)):
+        coarse, predictions = [left_HW, right_HW], [shirt, everything]
+        found = finish([coarse[i] for i in order], [predictions[i] for i in order], frame, disjoint=True)
+        shirt_mask, person = (found[order.index(i)] for i in (0, 1))
+        np.testing.assert_array_equal(shirt_mask.mask_HW, left_HW)
+        np.testing.assert_array_equal(person.mask_HW, right_HW)
+        assert (shirt_mask.outcome, person.outcome) == (Outcome.KEPT, Outcome.REFINED)
+
+
+def test_a_coarse_mask_that_stays_keeps_its_pixels():
+    frame, left_HW, right_HW = frame_and_halves()
+    everything = prediction(np.full((256, 256), 12.0))
+    nothing = prediction(np.full((256, 256), -3.0))
+    found = finish([right_HW, left_HW], [everything, nothing], frame, disjoint=True)
+    np.testing.assert_array_equal(found[1].mask_HW, left_HW)
+    np.testing.assert_array_equal(found[0].mask_HW, right_HW)
+    assert [mask.outcome for mask in found] == [Outcome.REFINED, Outcome.KEPT]
+
+
+def test_masks_that_take_each_others_pixels_one_after_the_other_all_stay_coarse():
+    """Each is put back in a round of its own, and takes the next one's pixels with it."""
+    frame, _, _ = frame_and_halves()
+    number = 6
+    strips = [np.zeros((256, 256), dtype=bool) for _ in range(number)]
+    for index, strip_HW in enumerate(strips):
+        strip_HW[:, 40 * index : 40 * index + 40] = True
+    swept = [np.where(np.roll(strip_HW, 40, axis=1) | strip_HW, 3.0 + i, -5.0) for i, strip_HW in enumerate(strips)]
+    found = finish(strips, [prediction(logits) for logits in swept], frame, disjoint=True)
+    assert sum(mask.mask_HW.astype(int) for mask in found).max() <= 1
+    for mask, strip_HW in zip(found, strips, strict=True):
+        assert iou(mask.mask_HW, strip_HW) >= 0.3
+
+
+def test_equal_masks_cannot_both_have_their_pixels():
     frame, left_HW, _ = frame_and_halves()
-    whole_HW = np.ones_like(left_HW)
-    found = finish([left_HW, whole_HW], [None, prediction(np.full((256, 256), logit))], frame, disjoint=True)
-    assert found[0 if wins == "coarse" else 1].mask_HW[:, :120].all()
+    weak = prediction(np.where(left_HW, 2.0, -9.0))
+    first, second = finish([left_HW, left_HW], [weak, weak], frame, disjoint=True)
+    np.testing.assert_array_equal(first.mask_HW, left_HW)
+    assert not second.mask_HW.any()
+
+
+def test_one_mask_alone_is_the_same_disjoint_or_not():
+    frame, left_HW, _ = frame_and_halves()
+    weak = prediction(np.where(left_HW, 2.0, -9.0))
+    plain, disjoint = (finish([left_HW], [weak], frame, disjoint=value)[0] for value in (False, True))
+    np.testing.assert_array_equal(plain.mask_HW, disjoint.mask_HW)
 
 
 # ---------------------------------------------------------------- what is refused
