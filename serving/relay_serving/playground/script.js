@@ -8,6 +8,9 @@ const BACKGROUND = "others";
 const MOST_ENTRIES = 100; // masks shown; a descriptor may name thousands
 const LARGEST_SIDE = 960; // pixels the photo is shown with
 const LARGEST_FILE = 64 * 1024 * 1024; // bytes the server reads
+const LARGEST_SAVED_SIDE = 8192; // pixels of the picture that can be downloaded
+const ROWS_AT_ONCE = 256; // of a mask that is larger than the canvas
+const METRICS_PATIENCE = 10_000; // milliseconds
 
 // Okabe and Ito's colours, which people with any kind of colour vision tell apart, without black.
 export const PALETTE = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"];
@@ -32,11 +35,32 @@ class Problem extends Error {
   }
 }
 
+/** Where the key is kept: in the tab, or in this page where the browser lets no site keep anything. */
+const keys = {
+  value: null,
+  get() {
+    try {
+      return sessionStorage.getItem(KEY) ?? this.value;
+    } catch {
+      return this.value;
+    }
+  },
+  set(value) {
+    this.value = value;
+    try {
+      if (value === null) sessionStorage.removeItem(KEY);
+      else sessionStorage.setItem(KEY, value);
+    } catch {
+      // it is in `value`
+    }
+  },
+};
+
 let asking = null; // the one open question for a key
 
 async function call(path, options = {}) {
   for (;;) {
-    const key = sessionStorage.getItem(KEY);
+    const key = keys.get();
     let response;
     try {
       response = await fetch(path, { ...options, headers: { ...options.headers, ...authorization(key) } });
@@ -46,7 +70,7 @@ async function call(path, options = {}) {
     }
     if (response.ok) return response;
     if (response.status !== 401) throw await problemOf(response);
-    if (sessionStorage.getItem(KEY) !== key) continue; // another request has brought a key since
+    if (keys.get() !== key) continue; // another request has brought a key since
     asking ??= askForKey(key !== null).finally(() => (asking = null));
     if (!(await asking)) throw new Problem("This server answers only with an API key.", { mayRetry: true });
   }
@@ -133,7 +157,7 @@ function askForKey(wasRefused) {
 function openKeyDialog(dialog) {
   $("key-value").value = "";
   $("key-error").hidden = true;
-  $("key-forget").hidden = sessionStorage.getItem(KEY) === null;
+  $("key-forget").hidden = keys.get() === null;
   if (!dialog.open) {
     dialog.returnValue = "";
     dialog.showModal();
@@ -153,7 +177,7 @@ function useKey() {
     $("key-value").focus();
     return;
   }
-  sessionStorage.setItem(KEY, key);
+  keys.set(key);
   $("key").close("used");
 }
 
@@ -162,6 +186,7 @@ function useKey() {
 const server = { model: null, grid: null };
 
 async function connect() {
+  if (document.activeElement === $("reconnect")) $("message").focus();
   $("reconnect").hidden = true;
   $("server").textContent = "Asking the server what it serves…";
   try {
@@ -198,6 +223,7 @@ function showModels(models) {
 // ---------------------------------------------------------------- the photo
 
 const photo = { file: null, name: "", width: 0, height: 0, url: null };
+let photosTaken = 0; // the newest one counts, whichever is decoded first
 
 async function takePhoto(file) {
   if (!file) return;
@@ -210,11 +236,17 @@ async function takePhoto(file) {
     showError("picture-error", new Problem("That file is larger than 64 MiB, more than the server reads."));
     return;
   }
+  photosTaken += 1;
+  const number = photosTaken;
   let bitmap;
   try {
     bitmap = await createImageBitmap(file); // upright, as the server will see it
   } catch {
-    showError("picture-error", new Problem("That file cannot be shown as a picture here. JPEG, PNG and WebP can."));
+    if (number === photosTaken) showError("picture-error", new Problem("That file cannot be shown as a picture here. JPEG, PNG and WebP can."));
+    return;
+  }
+  if (number !== photosTaken) {
+    bitmap.close();
     return;
   }
   stopFinding();
@@ -242,6 +274,15 @@ function showPhotoChoice() {
   $("show-photo").hidden = !(server.grid && photo.file);
 }
 
+/** Raises a Problem where the file has changed or gone since it was chosen: a request with it would only fail. */
+async function checkPhoto() {
+  try {
+    await photo.file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new Problem("The photo cannot be read any more. Choose it again.");
+  }
+}
+
 function photoAsUrl() {
   photo.url ??= new Promise((resolve, reject) => {
     const reader = new FileReader();
@@ -263,6 +304,8 @@ const imageIn = (transfer) => [...(transfer?.files ?? [])].find((file) => file.t
 let entries = [];
 let active = null;
 let coco = null;
+let drawing = 0; // which search or answer the masks are of; whoever draws for another one is too late
+let unshown = 0; // masks beyond MOST_ENTRIES
 
 function addEntry(query, label) {
   const number = entries.length + 1;
@@ -309,13 +352,31 @@ function tell(entry, facts) {
   if (entry === active) showCaption();
 }
 
+/** Begin anew; what comes back is the number of the new drawing. */
 function resetMasks() {
   entries = [];
   active = null;
   coco = null;
+  unshown = 0;
+  drawing += 1;
+  say("progress", "");
   $("results").replaceChildren();
   $("downloads").hidden = true;
   showCaption();
+  paint();
+  return drawing;
+}
+
+/** What has no mask yet will get none. */
+function endOpen(factsFor) {
+  for (const entry of entries) {
+    if (entry.isDone) continue;
+    entry.isDone = true;
+    entry.element.meter.hidden = true;
+    tell(entry, factsFor(entry));
+  }
+  $("downloads").hidden = !entries.some((entry) => entry.mask);
+  $("save-coco").hidden = coco === null;
   paint();
 }
 
@@ -373,11 +434,14 @@ async function addResult(query, result, isCurrent) {
     return;
   }
   const entry = entryOf(query, label);
-  if (!entry) return;
+  if (!entry) {
+    unshown += 1;
+    return;
+  }
   const png = result.mask?.png ? bytesOf(result.mask.png) : null;
   const mask = png && !result.empty ? await maskOf(png) : null;
   if (!isCurrent()) return;
-  Object.assign(entry, { png, mask, cells: null, isDone: true });
+  Object.assign(entry, { png, mask, cells: null, isDone: true, isFound: png !== null && !result.empty });
   tell(entry, factsOf(result));
   entry.element.meter.hidden = true;
   entry.element.save.hidden = !png || result.empty;
@@ -392,11 +456,18 @@ const STATUS = {
   none: "none: the answer holds no mask",
 };
 
+const REFINED = {
+  failed: "refining failed, so this is the coarse mask",
+  kept: "the refined outline did not fit, so this is the coarse mask",
+  skipped: "",
+};
+
 function factsOf(result) {
   if (result.status === "error") return `error: ${result.error?.message ?? "it could not be asked"}`;
   const parts = [STATUS[result.status] ?? String(result.status)];
   if (result.repairs?.length) parts.push(result.repairs.slice(0, 8).join(", ").replaceAll("_", " "));
   if (result.forced) parts.push("asked to go on");
+  if (result.refiner) parts.push(REFINED[result.refiner] ?? `outline refined by ${result.refiner}`);
   if (result.empty) {
     parts.push("nothing found");
     if (result.status === "none" && result.answer) parts.push(`it said: ${result.answer.slice(0, 300)}`);
@@ -404,25 +475,52 @@ function factsOf(result) {
     const share = (100 * result.area) / (photo.width * photo.height);
     parts.push(`${share < 0.1 ? "under 0.1" : share.toFixed(1)} % of the photo, ${result.area.toLocaleString("en")} pixels`);
   }
-  return parts.join(" · ");
+  parts.push(...(result.warnings ?? []).slice(0, 3).map((warning) => String(warning).slice(0, 300)));
+  return parts.filter(Boolean).join(" · ");
 }
 
 function bytesOf(base64) {
   return new Blob([Uint8Array.from(atob(base64), (character) => character.charCodeAt(0))], { type: "image/png" });
 }
 
-/** A mask at the size of the canvas, cropped to what is inside; null where a thin one falls between its pixels. */
+/** [height, width] of the canvas: which of its pixels a mask covers, be it by one of many pixels of its own. */
+function coveredBy(bitmap, width, height) {
+  const covered = new Uint8Array(width * height);
+  const rows = Math.min(ROWS_AT_ONCE, bitmap.height);
+  const band = new OffscreenCanvas(bitmap.width, rows).getContext("2d", { willReadFrequently: true });
+  for (let from = 0; from < bitmap.height; from += rows) {
+    band.clearRect(0, 0, bitmap.width, rows);
+    band.drawImage(bitmap, 0, -from);
+    const until = Math.min(rows, bitmap.height - from);
+    const { data } = band.getImageData(0, 0, bitmap.width, until);
+    for (let y = 0, i = 0; y < until; y += 1) {
+      const [top, bottom] = spanOf(from + y, bitmap.height, height);
+      for (let x = 0; x < bitmap.width; x += 1, i += 4) {
+        if (data[i] < 128) continue;
+        const [left, right] = spanOf(x, bitmap.width, width);
+        for (let row = top; row < bottom; row += 1) covered.fill(1, row * width + left, row * width + right);
+      }
+    }
+  }
+  return covered;
+}
+
+/** Where pixel ``i`` of ``count`` lies among ``size``: at least one of them. */
+function spanOf(i, count, size) {
+  const first = Math.floor((i * size) / count);
+  return [first, Math.max(first + 1, Math.floor(((i + 1) * size) / count))];
+}
+
+/** A mask at the size of the canvas, cropped to what is inside; null where nothing is. */
 async function maskOf(png) {
   const { width, height } = $("overlay");
-  const bitmap = await createImageBitmap(png, { resizeWidth: width, resizeHeight: height, resizeQuality: "pixelated" });
-  const whole = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
-  whole.drawImage(bitmap, 0, 0);
+  const bitmap = await createImageBitmap(png);
+  const covered = coveredBy(bitmap, width, height);
   bitmap.close();
-  const { data } = whole.getImageData(0, 0, width, height);
   let left = width, right = -1, top = height, bottom = -1;
   for (let y = 0, i = 0; y < height; y += 1) {
-    for (let x = 0; x < width; x += 1, i += 4) {
-      if (data[i] < 128) continue;
+    for (let x = 0; x < width; x += 1, i += 1) {
+      if (!covered[i]) continue;
       if (x < left) left = x;
       if (x > right) right = x;
       if (y < top) top = y;
@@ -434,7 +532,7 @@ async function maskOf(png) {
   mask.inside = new Uint8Array(mask.width * mask.height);
   for (let y = 0, i = 0; y < mask.height; y += 1) {
     for (let x = 0; x < mask.width; x += 1, i += 1) {
-      mask.inside[i] = data[4 * ((y + top) * width + x + left)] >= 128 ? 1 : 0;
+      mask.inside[i] = covered[(y + top) * width + x + left];
       mask.area += mask.inside[i];
     }
   }
@@ -601,12 +699,13 @@ async function ask({ everything = false } = {}) {
   }
   stopFinding();
   const controller = (find.controller = new AbortController());
-  const isCurrent = () => find.controller === controller;
-  resetMasks();
+  const mine = resetMasks();
+  const isCurrent = () => find.controller === controller && drawing === mine;
   if (!isEverything) expressions.slice(0, MOST_ENTRIES).forEach((expression, index) => addEntry(index, expression));
   setBusy("find", true);
   say("progress", isEverything ? "Looking for everything…" : `Looking for ${expressions.join(", ")}…`);
   try {
+    await checkPhoto();
     const body = new FormData();
     body.append("image", photo.file, "image");
     if (isEverything) body.append("everything", "true");
@@ -619,7 +718,7 @@ async function ask({ everything = false } = {}) {
   } catch (error) {
     if (isCurrent()) endUnfinished(error, () => ask({ everything }));
   } finally {
-    if (isCurrent()) {
+    if (find.controller === controller) {
       find.controller = null;
       setBusy("find", false);
     }
@@ -640,32 +739,37 @@ async function follow(response, queryOf, isCurrent) {
 }
 
 function showFound(after) {
-  const found = entries.filter((entry) => entry.mask).length;
-  say("progress", `${found === 0 ? "No mask" : found === 1 ? "One mask" : `${found} masks`}${after}.`);
-  $("save-coco").hidden = coco === null;
-  $("downloads").hidden = false;
+  endOpen(() => "no mask came");
+  const found = entries.filter((entry) => entry.isFound).length;
+  const more = unshown ? ` ${unshown} more are not shown.` : "";
+  say("progress", `${found === 0 ? "No mask" : found === 1 ? "One mask" : `${found} masks`}${after}.${more}`);
 }
 
 function endUnfinished(error, retry) {
   const isStopped = error.name === "AbortError";
-  for (const entry of entries) {
-    if (entry.isDone) continue;
-    entry.isDone = true;
-    entry.element.meter.hidden = true;
-    tell(entry, entry.rows ? `stopped after row ${entry.rows}` : isStopped ? "stopped" : "not answered");
-  }
-  paint();
+  endOpen((entry) => (entry.rows ? `stopped after row ${entry.rows}` : isStopped ? "stopped" : "not answered"));
   say("progress", isStopped ? "Stopped." : "");
   if (!isStopped) showError("picture-error", error, retry);
 }
 
-function savePicture() {
-  const { width, height } = $("photo");
-  const canvas = new OffscreenCanvas(width, height);
-  const context = canvas.getContext("2d");
-  context.drawImage($("photo"), 0, 0);
-  paintOver(context, false);
-  canvas.convertToBlob({ type: "image/png" }).then((blob) => saveAs(blob, `${stem(photo.name)}-masks.png`));
+/** The photo in its own size, as far as a canvas goes, under the masks as they are shown. */
+async function savePicture() {
+  clearError("picture-error");
+  const name = `${stem(photo.name)}-masks.png`;
+  const veil = new OffscreenCanvas($("overlay").width, $("overlay").height);
+  paintOver(veil.getContext("2d"), false);
+  try {
+    const bitmap = await createImageBitmap(photo.file);
+    const scale = Math.min(1, LARGEST_SAVED_SIDE / Math.max(bitmap.width, bitmap.height));
+    const canvas = new OffscreenCanvas(Math.round(bitmap.width * scale) || 1, Math.round(bitmap.height * scale) || 1);
+    const context = canvas.getContext("2d");
+    context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    bitmap.close();
+    context.drawImage(veil, 0, 0, canvas.width, canvas.height);
+    saveAs(await canvas.convertToBlob({ type: "image/png" }), name);
+  } catch {
+    showError("picture-error", new Problem("The photo cannot be read any more. Choose it again."));
+  }
 }
 
 function saveCoco() {
@@ -685,38 +789,41 @@ const stem = (name) => name.replace(/\.[a-z0-9]{1,5}$/i, "").replace(/[^\p{L}\p{
 
 // ---------------------------------------------------------------- the chat
 
-let turns = []; // { role, text, photo: data URL or null, isSent }
+let turns = []; // { role, text, photo: data URL or null, file: of the photo, isSent }
 const chat = { controller: null };
 
 async function sendMessage() {
   const text = $("message").value.trim();
   if (!text || chat.controller) return;
-  const turn = { role: "user", text, photo: null, isSent: true };
+  const controller = (chat.controller = new AbortController());
   const wantsPhoto = !$("show-photo").hidden && $("with-photo").checked;
+  const turn = { role: "user", text, photo: null, file: wantsPhoto ? photo.file : null, isSent: true };
   $("message").value = "";
   turns.push(turn);
   showTurn(turn, wantsPhoto ? "with the photo" : "");
   try {
     if (wantsPhoto) turn.photo = await photoAsUrl();
   } catch (error) {
+    if (chat.controller !== controller) return;
+    chat.controller = null;
     failTurn(turn, error);
     return;
   }
-  await answer(turn);
+  if (chat.controller === controller) await answer(turn, controller);
 }
 
-async function answer(asked) {
-  const controller = (chat.controller = new AbortController());
+async function answer(asked, controller) {
   const isCurrent = () => chat.controller === controller;
-  const turn = { role: "assistant", text: "", photo: null, isSent: true };
+  const newest = newestPhoto();
+  const aboutPhoto = newest && newest.file === photo.file ? masksOfChat(newest.file, isCurrent) : null;
+  const turn = { role: "assistant", text: "", thoughts: "", photo: null, isSent: true, isDrawn: false };
   const shown = showTurn(turn, "");
   shown.setAttribute("aria-busy", "true");
   setBusy("chat", true);
   say("chat-status", "The model is answering.");
-  const aboutPhoto = asked.photo ? masksOfChat(asked, isCurrent) : null;
   try {
     const body = { model: server.model, messages: messagesOf(turns), stream: true };
-    if (asked.photo) body.segmentation = { mask_format: "png" };
+    if (newest) body.segmentation = { mask_format: "png" };
     const headers = { "Content-Type": "application/json" };
     const response = await call("v1/chat/completions", {
       method: "POST", headers, body: JSON.stringify(body), signal: controller.signal,
@@ -725,24 +832,34 @@ async function answer(asked) {
     for await (const event of serverEvents(response)) {
       const choice = event.choices?.[0];
       if (!choice) continue;
-      if (choice.delta?.content) {
-        turn.text += choice.delta.content;
-        showText(shown, turn.text);
+      const thoughts = choice.delta?.reasoning ?? choice.delta?.reasoning_content;
+      if (choice.delta?.content || thoughts) {
+        turn.text += choice.delta.content ?? "";
+        turn.thoughts += thoughts ?? "";
+        showText(shown, turn);
       }
-      if (choice.delta?.segmentation) await aboutPhoto?.(choice.delta.segmentation);
+      if (choice.delta?.segmentation && aboutPhoto) {
+        await aboutPhoto.show(choice.delta.segmentation);
+        turn.isDrawn = aboutPhoto.isDrawn;
+        showText(shown, turn);
+      }
       ending = choice.finish_reason ?? ending;
     }
     if (ending === "length") note(shown, "Cut here: the model's context is full.");
     if (!turn.text) note(shown, "The model said nothing.");
+    aboutPhoto?.end(() => "no mask came");
     say("chat-status", "The answer is complete.");
   } catch (error) {
     if (!isCurrent()) return;
+    aboutPhoto?.end((entry) => (entry.rows ? `stopped after row ${entry.rows}` : "stopped"));
     if (error.name === "AbortError") {
       note(shown, "Stopped.");
       say("chat-status", "Stopped.");
     } else if (turn.text) {
       note(shown, error.message);
+      say("chat-status", error.message);
     } else {
+      say("chat-status", "");
       shown.remove();
       failTurn(asked, error);
       return;
@@ -762,9 +879,10 @@ async function answer(asked) {
 function failTurn(turn, error) {
   turn.isSent = false;
   const retry = () => {
+    $("message").focus();
     box.remove();
     turn.isSent = true;
-    answer(turn);
+    answer(turn, (chat.controller = new AbortController()));
   };
   const isLast = () => turns.at(-1) === turn && !chat.controller;
   const box = make("div", { className: "error" }, error.message);
@@ -774,33 +892,49 @@ function failTurn(turn, error) {
   scrollToEnd(true);
 }
 
+const newestPhoto = () => turns.findLast((turn) => turn.isSent && turn.photo);
+
 /** What the model is sent: every turn that was answered, and only the newest photo. */
 function messagesOf(all) {
   const sent = all.filter((turn) => turn.isSent);
-  const newest = sent.findLast((turn) => turn.photo);
+  const newest = newestPhoto();
   return sent.map((turn) => ({
     role: turn.role,
     content: turn !== newest ? turn.text : [{ type: "image_url", image_url: { url: turn.photo } }, { type: "text", text: turn.text }],
   }));
 }
 
-/** Masks in an answer are painted over the photo, while they are written and after. */
-function masksOfChat(asked, isCurrentAnswer) {
-  const file = photo.file;
-  let isFirst = true;
-  const isCurrent = () => isCurrentAnswer() && photo.file === file && !find.controller;
-  return async (segmentation) => {
-    if (!isCurrent()) return;
-    if (isFirst) resetMasks();
-    isFirst = false;
-    for (const row of segmentation.rows ?? []) addRow({ index: row.block, isOne: false }, row);
-    for (const mask of segmentation.masks ?? []) await addResult({ index: mask.block, isOne: false }, mask, isCurrent);
-    if (segmentation.masks && isCurrent()) showFound(" in the chat's answer");
+/** Masks in an answer are painted over the photo of ``file``, while they are written and after, unless a search has
+ * begun, or another photo was taken: then they stay in the answer alone. */
+function masksOfChat(file, isCurrentAnswer) {
+  let mine = null; // the drawing that they are
+  let isLate = false;
+  const isCurrent = () => isCurrentAnswer() && !isLate && photo.file === file && drawing === mine;
+  const begin = () => {
+    if (mine !== null) return;
+    isLate = find.controller !== null || photo.file !== file;
+    mine = isLate ? drawing : resetMasks();
+  };
+  return {
+    get isDrawn() {
+      return mine !== null && !isLate;
+    },
+    async show(segmentation) {
+      begin();
+      if (!isCurrent()) return;
+      for (const row of segmentation.rows ?? []) addRow({ index: row.block, isOne: false }, row);
+      for (const mask of segmentation.masks ?? []) await addResult({ index: mask.block, isOne: false }, mask, isCurrent);
+      if (segmentation.masks && isCurrent()) showFound(" in the chat's answer");
+    },
+    end(factsFor) {
+      if (mine !== null && isCurrent()) endOpen(factsFor);
+    },
   };
 }
 
 function showTurn(turn, aside) {
   $("log").querySelector(".empty")?.remove();
+  for (const button of $("log").querySelectorAll(".error button")) button.remove(); // only what was said last is asked again
   $("chat-new").hidden = false;
   const who = make("span", { className: "hidden", textContent: turn.role === "user" ? "You: " : "The model: " });
   const body = make("div", { className: "body" });
@@ -814,31 +948,29 @@ function showTurn(turn, aside) {
   return item;
 }
 
-let due = null; // the newest text that is not yet shown
+let due = null; // the newest answer that is not yet shown
 
-function showText(item, text) {
+function showText(item, turn) {
   if (!due) requestAnimationFrame(flushText);
-  due = { item, text };
+  due = { item, turn };
 }
 
 function flushText() {
   if (!due) return;
-  const { item, text } = due;
+  const { item, turn } = due;
   due = null;
   const isOpen = item.querySelector("details")?.open ?? false;
-  item.querySelector(".body").replaceChildren(...piecesOf(text, isOpen));
+  item.querySelector(".body").replaceChildren(...piecesOf(turn, isOpen));
   scrollToEnd(false);
 }
 
-/** An answer's text, with each descriptor folded away. */
-function piecesOf(text, isOpen) {
-  const pieces = [];
-  for (const [index, part] of text.split(/<seg>([\s\S]*?)(?:<\/seg>|$)/).entries()) {
+/** An answer's text, with its thoughts and each descriptor folded away. */
+function piecesOf(turn, isOpen) {
+  const folded = (title, text) => make("details", { open: isOpen }, make("summary", { textContent: title }), make("pre", { textContent: text }));
+  const pieces = turn.thoughts ? [folded("What it thought", turn.thoughts)] : [];
+  for (const [index, part] of turn.text.split(/<seg>([\s\S]*?)(?:<\/seg>|$)/).entries()) {
     if (index % 2 === 0 && (part.trim() || !pieces.length)) pieces.push(make("div", { className: "text", textContent: part.trim() }));
-    if (index % 2 === 1) {
-      const summary = make("summary", { textContent: "A mask, drawn over the photo" });
-      pieces.push(make("details", { open: isOpen }, summary, make("pre", { textContent: part })));
-    }
+    if (index % 2 === 1) pieces.push(folded(turn.isDrawn ? "A mask, drawn over the photo" : "A mask", part));
   }
   return pieces;
 }
@@ -886,9 +1018,11 @@ export function countersIn(text) {
 let metricsAnswered = true;
 
 async function readCounters() {
-  let response;
+  let response, text;
   try {
-    response = await fetch("metrics", { headers: authorization(sessionStorage.getItem(KEY)), cache: "no-store" });
+    const signal = AbortSignal.timeout(METRICS_PATIENCE);
+    response = await fetch("metrics", { headers: authorization(keys.get()), cache: "no-store", signal });
+    text = await response.text();
   } catch {
     hideCounters("The server does not answer.");
     metricsAnswered = false;
@@ -900,7 +1034,7 @@ async function readCounters() {
     hideCounters(`This server hides its counters: /metrics answers ${response.status}.`);
     return;
   }
-  const counters = countersIn(await response.text());
+  const counters = countersIn(text);
   if (counters) showCounters(counters);
   else hideCounters("This server shows counters, but none of relay's.");
 }
@@ -951,7 +1085,11 @@ function say(id, text) {
 
 function showError(id, error, retry) {
   $(id).replaceChildren(error.message);
-  if (error.mayRetry && retry) $(id).append(make("br"), make("button", { type: "button", textContent: "Try again", onclick: retry }));
+  const again = () => {
+    $("expressions").focus();
+    retry();
+  };
+  if (error.mayRetry && retry) $(id).append(make("br"), make("button", { type: "button", textContent: "Try again", onclick: again }));
   $(id).hidden = false;
 }
 
@@ -971,9 +1109,10 @@ function setBusy(what, isBusy) {
 
 function submitOnEnter(area, form) {
   area.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    const isComposing = event.isComposing || event.keyCode === 229; // the second is how Safari tells
+    if (event.key !== "Enter" || event.shiftKey || isComposing) return;
     event.preventDefault();
-    form.requestSubmit();
+    if (!event.repeat) form.requestSubmit();
   });
 }
 
@@ -1025,7 +1164,7 @@ function listen() {
   }
   $("overlay").addEventListener("pointermove", (event) => activate(entryAt(event)));
   $("overlay").addEventListener("pointerdown", (event) => activate(entryAt(event)));
-  $("overlay").addEventListener("pointerleave", () => activate(null));
+  $("overlay").addEventListener("pointerleave", (event) => event.pointerType !== "touch" && activate(null));
 
   $("key-open").addEventListener("click", async () => {
     $("key-text").textContent = "For servers that answer only with a key.";
@@ -1033,7 +1172,7 @@ function listen() {
   });
   $("key-cancel").addEventListener("click", () => $("key").close(""));
   $("key-forget").addEventListener("click", () => {
-    sessionStorage.removeItem(KEY);
+    keys.set(null);
     $("key").close("");
   });
 }
