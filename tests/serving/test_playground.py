@@ -531,7 +531,9 @@ class TestTheEmbeddedModel:
     pytestmark = browser_test
 
     @pytest.mark.skipif(not PHOTOS.is_dir(), reason="../shared/data/seg-tiny is not beside this checkout")
-    def test_it_finds_a_person_in_a_photo(self, open_page: Callable[..., Any], relay_server: Any) -> None:
+    def test_by_keyboard_alone_it_finds_a_person_in_a_photo_and_chats(
+        self, open_page: Callable[..., Any], relay_server: Any
+    ) -> None:
         facts = httpx.get(f"{relay_server.url}/playground/server.json").json()
         if facts["segmentation"] is None:
             pytest.skip("the embedded model answers without masks")
@@ -539,10 +541,25 @@ class TestTheEmbeddedModel:
         area = {line["file"]: largest_person(line) for line in lines}
         name = max(area, key=lambda file: area[file])
         page = open_page(relay_server.url)
-        choose(page, PHOTOS / "images" / name)
-        find(page, "person")
-        assert "of the photo" in page.inner_text("#facts-1")
+        page.wait_for_selector("#picture:not([hidden])")
+        tab_to(page, "choose")
+        with page.expect_file_chooser() as chooser:
+            page.keyboard.press("Enter")
+        chooser.value.set_files(PHOTOS / "images" / name)
+        wait_until(page, "document.activeElement.id === 'expressions'")
+        page.keyboard.type("person")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#downloads:not([hidden])")
+        tab_to(page, "mask-1")
+        assert re.match(r"1 person — .* of the photo", page.inner_text("#caption"))
         assert overlay_is_painted(page)
+        page.keyboard.press("Space")
+        wait_until(page, "!document.getElementById('mask-1').checked")
+        tab_to(page, "message")
+        page.keyboard.type("What is the capital of France?")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".turn.assistant:not([aria-busy])")
+        assert "Paris" in page.inner_text(".turn.assistant .text")
 
 
 def largest_person(line: dict[str, Any]) -> float:
