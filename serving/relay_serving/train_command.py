@@ -59,7 +59,6 @@ _ONLY_LORA = frozenset(
         "most_tokens",
         "dropout",
         "precision",
-        "device",
         "checkpoint_every",
         "checkpoints_activations",
     )
@@ -95,7 +94,11 @@ def _trained(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
 
 
 def _trained_relay_seg(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
-    from relay_models.recipes.text4seg.relay_seg_recipe import RelaySegRecipe, train_relay_seg  # imports PyTorch
+    from relay_models.recipes.text4seg.relay_seg_recipe import (  # imports PyTorch
+        RelaySegRecipe,
+        on_gpu,
+        train_relay_seg,
+    )
 
     if "start" in given and "warmup_minutes" in given:
         raise UsageError("--warmup-minutes is for a run that begins anew, and --start goes on from another: give one")
@@ -103,6 +106,8 @@ def _trained_relay_seg(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
     recipe = RelaySegRecipe(
         output, embedded_model.prepare(embedded_model.SMOLLM2), embedded_model.prepare_encoder(output)
     )
+    if _wants_gpu(given.get("device", "auto")):
+        recipe = on_gpu(recipe, len(os.sched_getaffinity(0)))
     training = {_RELAY_SEG_NAMES.get(name, name): given[name] for name in _OF_TRAINING & given.keys()}
     if "absent" in given:
         training["mix"] = replace(recipe.training.mix, num_absent=given["absent"])
@@ -112,6 +117,16 @@ def _trained_relay_seg(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
     warmup = {theirs: given[ours] for ours, theirs in of_warmup.items() if ours in given}
     recipe = replace(recipe, warmup=replace(recipe.warmup, **warmup))
     return train_relay_seg(recipe, photos)
+
+
+def _wants_gpu(device: str) -> bool:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not has_gpu):
+        known = "auto, cpu or cuda" if has_gpu else "auto or cpu, for PyTorch sees no GPU here"
+        raise UsageError(f"--device is {device!r}; of relay-seg-tiny it must be {known}")
+    return has_gpu and device != "cpu"
 
 
 def _trained_lora(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
@@ -134,8 +149,8 @@ def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-relay train text4seg",
         description="Fine-tune a model on your masks: LoRA on LLaVA-1.5, Qwen2-VL or InternVL2, or relay-seg-tiny from "
-        "its beginning on a few CPU cores. A run that was stopped goes on when the same command is given again. What "
-        "is not given is as in the paper, or as relay-seg-tiny was made.",
+        "its beginning on a few CPU cores or a GPU. A run that was stopped goes on when the same command is given again. "
+        "What is not given is as in the paper, or as relay-seg-tiny was made.",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -163,7 +178,7 @@ def _train_parser() -> argparse.ArgumentParser:
     add("--projector-rate", type=float, help="of the projector, at its highest")
     add("--variants", type=_positive, help="copies of the photos; all but the first are changed at random")
     add("--precision", choices=["bfloat16", "float32"], help="of what is frozen, and of the computation")
-    add("--device", help="cpu, cuda, cuda:1, or auto")
+    add("--device", help="cpu, cuda, cuda:1 (not for relay-seg-tiny), or auto")
     add("--checkpoint-every", type=_positive, help="steps")
     add("--checkpoints-activations", action="store_true", help="less memory, a third more time")
     add("--seed", type=int, help="of everything")

@@ -531,6 +531,19 @@ def test_a_seed_that_cannot_be_is_named_for_relay_seg_tiny_too(data, tmp_path, m
         train_command.run_train(words)
 
 
+@pytest.mark.parametrize(
+    ("device", "problem"),
+    [("cuda", "PyTorch sees no GPU here"), ("cuda:1", "it must be auto or cpu"), ("tpu", "'tpu'")],
+)
+def test_a_device_that_is_not_there_is_named_for_relay_seg_tiny(data, tmp_path, monkeypatch, device, problem):
+    monkeypatch.setattr(train_command.embedded_model, "prepare", lambda name: tmp_path)
+    monkeypatch.setattr(train_command.embedded_model, "prepare_encoder", lambda folder: tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = [str(data), "--model", "relay-seg-tiny", "--output", str(tmp_path / "run"), "--device", device]
+    with pytest.raises(UsageError, match=problem):
+        train_command.run_train(words)
+
+
 def test_training_names_what_it_needs(data, capsys):
     with pytest.raises(SystemExit):
         train_command.run_train([str(data)])

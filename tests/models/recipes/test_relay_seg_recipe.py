@@ -22,6 +22,7 @@ from relay_models.recipes.text4seg.relay_seg_recipe import (
     _feature_process,
     _run_processes,
     class_names,
+    on_gpu,
     photo_weights,
     train_relay_seg,
 )
@@ -97,6 +98,14 @@ def test_a_run_of_something_else_is_not_gone_on_with(tmp_path: Path, name: str) 
     said = {"pixels": "photos", "warmup": "warmup_minutes", "seed": "photos"}.get(name, name)
     with pytest.raises(RelayModelsError, match=rf"run holds a run with {said} .*name another output"):
         _check_run(recipe, photos)
+
+
+def test_on_a_gpu_other_processes_make_up_the_sequences(tmp_path: Path) -> None:
+    recipe = on_gpu(RelaySegRecipe(tmp_path / "run", tmp_path, tmp_path), 16)
+    training = recipe.training
+    assert (training.device, training.processes, training.workers) == ("cuda", 1, 14)
+    assert training.minutes + recipe.warmup.minutes < 20
+    assert on_gpu(recipe, 1).training.workers == 1
 
 
 def test_what_tells_a_run_is_there_in_whole_or_not_at_all(tmp_path: Path) -> None:

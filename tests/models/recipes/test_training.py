@@ -31,6 +31,7 @@ from relay_models.recipes.text4seg.packing import (
 from relay_models.recipes.text4seg.questions import Question, QuestionMix, questions_of
 from relay_models.recipes.text4seg.training import (
     Data,
+    Drawn,
     Model,
     TrainingOptions,
     _Topics,
@@ -529,16 +530,67 @@ def test_steps_lower_the_loss_of_the_answers(tokenizer) -> None:
     assert after < 0.7 * before
 
 
+def test_sequences_are_the_same_whoever_makes_them_up(tokenizer) -> None:
+    options = replace(OPTIONS, sequences=2)
+    alone = trainer(tokenizer, options).batches(0)
+    first, second = next(alone), next(alone)
+    helped = trainer(tokenizer, replace(options, workers=2)).batches(0)
+    later = trainer(tokenizer, options).batches(1)
+    for expected, batches in ((first, helped), (second, helped), (second, later)):
+        found = next(batches)
+        assert len(found) == 2
+        for one, other in zip(expected, found, strict=True):
+            assert torch.equal(one.class_T, other.class_T)
+            assert torch.equal(one.packed.ids_S, other.packed.ids_S)
+            assert one.seed == other.seed
+    assert not torch.equal(first[0].packed.ids_S, first[1].packed.ids_S)
+
+
+@pytest.mark.parametrize("is_reading", [True, False])
+def test_the_gradient_of_a_step_is_the_mean_over_its_sequences(tokenizer, is_reading: bool) -> None:
+    made = trainer(tokenizer, replace(OPTIONS, sequences=2))
+    drawn = next(made.batches(0))
+
+    def gradients(sequences: list[Drawn]) -> list[torch.Tensor]:
+        made.optimizer.zero_grad(set_to_none=False)
+        made.model.llama.merge()
+        made._sequences_step(sequences, is_reading)
+        groups = (parameter for group in made.groups for parameter in group)
+        return [torch.zeros(1) if half.grad is None else half.grad.clone() for half in groups]
+
+    both, first, second = gradients(drawn), gradients(drawn[:1]), gradients(drawn[1:])
+    assert any(half.any() for half in both)
+    for together, one, other in zip(both, first, second, strict=True):
+        torch.testing.assert_close(together, (one + other) / 2, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_reading", [True, False])
+def test_a_step_makes_no_tensor_beside_its_device(tokenizer, is_reading: bool) -> None:
+    """On a GPU what is made without a device would be on the CPU; here it has no memory at all, and cannot be used."""
+    made = trainer(tokenizer)
+    drawn = next(made.batches(0))
+    with torch.device("meta"):
+        made._sequences_step(drawn, is_reading)
+
+
+def test_the_warm_up_makes_no_tensor_beside_its_device() -> None:
+    targets = [cell_targets(a_photo(), GRID, CLASSES)] * 2
+    with torch.device("meta"):
+        logits = torch.zeros(2, GRID**2, 3, device="cpu")
+        loss = cell_losses(logits, torch.zeros(2, GRID**2, 4, device="cpu"), targets) + presence_loss(logits, targets)
+    assert loss.isfinite()
+
+
 def test_a_short_run_answers_too(tokenizer, monkeypatch) -> None:
     """Reading is a share of whatever time there is: of half a minute as of two hours."""
     made = trainer(tokenizer, replace(TrainingOptions(minutes=0.5), rank=2, alpha=4.0, readings_between=0))
     told: list[bool] = []
 
-    def heard(rng: np.random.Generator, is_reading: bool) -> dict[str, float]:
+    def heard(drawn: object, is_reading: bool) -> dict[str, float]:
         told.append(is_reading)
         return {}
 
-    monkeypatch.setattr(made, "_picture_step", heard)
+    monkeypatch.setattr(made, "_sequences_step", heard)
     for share in (0.0, 0.29, 0.3, 0.9):
         made.step(0, share)
     assert told == [True, True, False, False]
@@ -549,11 +601,11 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_it_changes_weights(tok
     before = [half.detach().clone() for half in made.model.llama.named_halves().values()]
     half = next(iter(made.model.llama.named_halves().values()))
 
-    def broken(rng: np.random.Generator, is_reading: bool) -> dict[str, float]:
+    def broken(drawn: object, is_reading: bool) -> dict[str, float]:
         half.grad = torch.full_like(half, float("nan"))
         return {}
 
-    monkeypatch.setattr(made, "_picture_step", broken)
+    monkeypatch.setattr(made, "_sequences_step", broken)
     with pytest.raises(RelayModelsError, match=r"the gradient of step 8 is nan: lower the learning rate, 0\.01"):
         made.step(7, 0.5)
     assert all(map(torch.equal, before, made.model.llama.named_halves().values()))
@@ -682,3 +734,17 @@ def test_times_and_rates_that_are_no_numbers_are_refused() -> None:
         replace(OPTIONS, reading_share=1)
     with pytest.raises(RelayModelsError, match="minutes must be finite and not negative, got inf"):
         WarmupOptions(minutes=float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"device": "tpu"}, "device must be cpu, or cuda with one process, got 'tpu'"),
+        ({"device": "cuda", "processes": 2}, "got 'cuda' and processes 2"),
+        ({"sequences": 0}, "sequences must be at least 1 and workers 0, got 0 and 0"),
+        ({"workers": -1}, "got 1 and -1"),
+    ],
+)
+def test_devices_and_workers_that_cannot_be_are_refused(given: dict[str, object], problem: str) -> None:
+    with pytest.raises(RelayModelsError, match=problem):
+        replace(OPTIONS, **given)

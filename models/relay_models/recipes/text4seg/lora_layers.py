@@ -1,4 +1,4 @@
-"""A frozen Llama with LoRA (arXiv 2106.09685), for many questions about one picture in a single pass, on a CPU.
+"""A frozen Llama with LoRA (arXiv 2106.09685), for many questions about one picture in a single pass.
 
 The sequence is one prefix (system sentence, picture) and several questions with their answers. Every question sees the
 prefix and itself, and its positions go on from the prefix, as if it alone had been asked: what is computed is what as
@@ -46,15 +46,16 @@ class PackedLayout:
     lengths: tuple[int, ...]
     unchanged: int = 0
 
-    def positions_S(self) -> Tensor:  # noqa: N802
-        pieces = [torch.arange(self.prefix), *(torch.arange(length) + self.prefix for length in self.lengths)]
-        return torch.cat(pieces)
+    def positions_S(self, device: torch.device) -> Tensor:  # noqa: N802
+        ends = (self.prefix, *(self.prefix + length for length in self.lengths))
+        begins = (0, *[self.prefix] * len(self.lengths))
+        return torch.cat([torch.arange(*span, device=device) for span in zip(begins, ends, strict=True)])
 
-    def padded_QL(self) -> tuple[Tensor, Tensor]:  # noqa: N802
+    def padded_QL(self, device: torch.device) -> tuple[Tensor, Tensor]:  # noqa: N802
         """For each question and place, which token of the sequence stands there, and whether one does."""
         longest = max(self.lengths)
-        place_L = torch.arange(longest)
-        lengths_Q = torch.tensor(self.lengths)
+        place_L = torch.arange(longest, device=device)
+        lengths_Q = torch.tensor(self.lengths, device=device)
         starts_Q = self.prefix + lengths_Q.cumsum(0) - lengths_Q
         is_token_QL = place_L < lengths_Q[:, None]
         return torch.where(is_token_QL, starts_Q[:, None] + place_L, self.prefix), is_token_QL
@@ -204,10 +205,10 @@ class LoraLlama(nn.Module):
         probed layer [M, D] hidden states; the latter two are empty without a guide."""
         shares: list[Tensor] = []
         probed: list[Tensor] = []
-        angles_SH = layout.positions_S()[:, None] * self.frequencies
+        angles_SH = layout.positions_S(x_SD.device)[:, None] * self.frequencies
         cos_S1H = torch.cat((angles_SH.cos(), angles_SH.cos()), -1)[:, None].to(x_SD.dtype)
         sin_S1H = torch.cat((-angles_SH.sin(), angles_SH.sin()), -1)[:, None].to(x_SD.dtype)
-        attention = _Attention(layout, self.heads // self.kv_heads, x_SD.dtype)
+        attention = _Attention(layout, self.heads // self.kv_heads, x_SD.dtype, x_SD.device)
         for number, layer in enumerate(self.layers):
             y_SD = self._norm(x_SD, layer.input_layernorm)
             qkv = layer.qkv(y_SD, layout.unchanged).view(len(x_SD), -1, self.head_width)
@@ -238,12 +239,12 @@ class _Attention:
     Query heads that share a key head stand below one another, so that no key is repeated.
     """
 
-    def __init__(self, layout: PackedLayout, group: int, dtype: torch.dtype) -> None:
+    def __init__(self, layout: PackedLayout, group: int, dtype: torch.dtype, device: torch.device) -> None:
         self.prefix, self.group = layout.prefix, group
-        self.prefix_mask = _causal(layout.prefix, group, dtype)
+        self.prefix_mask = _causal(layout.prefix, group, dtype, device)
         if layout.lengths:
-            self.index_QL, self.is_token_QL = layout.padded_QL()
-            self.own_mask = _causal(self.index_QL.shape[1], group, dtype)
+            self.index_QL, self.is_token_QL = layout.padded_QL(device)
+            self.own_mask = _causal(self.index_QL.shape[1], group, dtype, device)
 
     def __call__(self, q_SNH: Tensor, k_SNH: Tensor, v_SNH: Tensor, guide: Guide | None) -> tuple[Tensor, list[Tensor]]:
         P = self.prefix
@@ -266,13 +267,13 @@ class _Attention:
 
     def _shares(self, to_prefix: Tensor, guide: Guide) -> Tensor:
         """[M, heads] of attention weights [Q, kv heads, L * group, P]."""
-        place_S = torch.zeros(self.prefix + int(self.is_token_QL.sum()), dtype=torch.long)
-        place_S[self.index_QL[self.is_token_QL]] = torch.arange(self.is_token_QL.numel()).view_as(self.index_QL)[
-            self.is_token_QL
-        ]
+        device = to_prefix.device
+        place_S = torch.zeros(self.prefix + int(self.is_token_QL.sum()), dtype=torch.long, device=device)
+        place_QL = torch.arange(self.is_token_QL.numel(), device=device).view_as(self.index_QL)
+        place_S[self.index_QL[self.is_token_QL]] = place_QL[self.is_token_QL]
         place_M = place_S[guide.source_M]
         question_M, token_M = place_M // self.index_QL.shape[1], place_M % self.index_QL.shape[1]
-        key_head_H, head_H = torch.tensor(guide.heads).unbind(1)
+        key_head_H, head_H = torch.tensor(guide.heads, device=device).unbind(1)
         weights_MHP = to_prefix[question_M[:, None], key_head_H, token_M[:, None] * self.group + head_H]
         return (weights_MHP * torch.stack(guide.wanted_M, 1)).sum(-1)
 
@@ -288,7 +289,7 @@ class _Attention:
         return x.view(Q, kv_heads, L, self.group, H).transpose(1, 2).reshape(Q, L, -1)
 
 
-def _causal(length: int, group: int, dtype: torch.dtype) -> Tensor:
+def _causal(length: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What is added to scores [length * group, length]: each token sees itself and those before it."""
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1).repeat_interleave(group, 0)
-    return torch.zeros(length * group, length, dtype=dtype).masked_fill(hidden, float("-inf"))
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu(1).repeat_interleave(group, 0)
+    return torch.zeros(length * group, length, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -63,6 +63,10 @@ class PackedSequence:
     order_A: Tensor  # noqa: N815
     is_asked_A: Tensor  # noqa: N815
     topic_A: Tensor  # noqa: N815
+
+    def to(self, device: torch.device) -> PackedSequence:
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "layout"}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The recipe of relay-seg-tiny, from photos with masks to a folder the server loads, on a few CPU cores.
+"""The recipe of relay-seg-tiny, from photos with masks to a folder the server loads, on a few CPU cores or a GPU.
 
     photos → features of changed copies → projector warmed up → LoRA reads its maps → small file → folder
 
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 MODEL, WEIGHTS = "model", "relay-seg.safetensors"
 _PROJECTOR, _STORE, _RUN = "projector.pt", ".processes", "run.json"
 # What may be given otherwise when a run goes on: nothing that its result depends on.
-_FREE_OPTIONS = ("processes", "checkpoint_seconds")
+_FREE_OPTIONS = ("processes", "workers", "checkpoint_seconds")
 # The others wait for process 0 while it warms the projector up; one that ends takes them with it anyway.
 _LONGEST_WAIT = timedelta(days=7)
 
@@ -86,6 +86,18 @@ class RelaySegRecipe:
     def __post_init__(self) -> None:
         if self.variants < 1:
             raise RelayModelsError(f"variants must be at least 1, got {self.variants}")
+
+
+def on_gpu(recipe: RelaySegRecipe, cores: int) -> RelaySegRecipe:
+    """The recipe for a GPU and so many cores beside it: more sequences a step, in a fraction of the time."""
+    return replace(
+        recipe,
+        variants=8,
+        warmup=replace(recipe.warmup, minutes=1.5, photos=24),
+        training=replace(
+            recipe.training, minutes=12.0, device="cuda", processes=1, sequences=8, workers=max(1, cores - 2)
+        ),
+    )
 
 
 def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
@@ -169,7 +181,8 @@ def _photo_weight(photo: Photo) -> float:
 def _cached_features(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
     key = cache_key(photos, ENCODER_SHA256, recipe.training.seed, recipe.augmentation)
     folder = recipe.output / f"features-{key}"
-    _run_processes(_feature_process, min(recipe.training.processes, recipe.variants), recipe, folder, photos)
+    processes = max(recipe.training.processes, recipe.training.workers)
+    _run_processes(_feature_process, min(processes, recipe.variants), recipe, folder, photos)
     return folder
 
 
@@ -210,6 +223,8 @@ def _train_process(rank: int, world: int, recipe: RelaySegRecipe, cache: Path, i
         load_trained(model, recipe.start, training)
         training = replace(training, reading_share=0.0)
     elif rank == 0:
+        model.projector.to(training.device)
+        model.shape_head.to(training.device)
         warm_up(recipe.warmup, model, variants, weights_N, recipe.output / _PROJECTOR)
     if world > 1:
         torch.distributed.barrier()

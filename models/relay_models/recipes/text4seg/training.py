@@ -1,4 +1,4 @@
-"""Training of relay-seg-tiny: LoRA of the language model and the tokens of pictures, on a few CPU cores.
+"""Training of relay-seg-tiny: LoRA of the language model and the tokens of pictures, on a few CPU cores or a GPU.
 
     map of classes (photo, projector, or made up) → tokens    ┐
                                                               ├→ packed sequence → LoRA Llama → loss on the answers
@@ -10,31 +10,35 @@ at first only its lower third is computed (it costs a third), and told there whi
 write, which of the picture's tokens tells of it, for heads to look at, and what that says (`Guide`, `_Probe`). After
 that it learns to answer, and goes on with the other between.
 
-One process a core works on a picture of its own; gradients are averaged. Every choice of step s in process r is drawn
-from a generator seeded with (seed, s, r), so that a run that was killed goes on from its last checkpoint with the same
-data. The learning rate follows the time that is used, because it is the time that is limited.
+One process a core works on a picture of its own; gradients are averaged. On a GPU one process works on several, which
+other processes make up. Every choice for sequence k of step s in process r is drawn from a generator seeded with (seed,
+s, r, k), so that a run that was killed goes on from its last checkpoint with the same data. The learning rate follows
+the time that is used, because it is the time that is limited.
 
 Legend: S tokens of a sequence, A of them predicted, D the language model's width, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import os
 import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from relay_models.errors import CheckpointError, RelayModelsError
@@ -93,7 +97,10 @@ class TrainingOptions:
         held_share: of the time, for how much of it the rate stays there before it falls along a cosine to nothing.
         max_grad_norm: of the gradient, of both groups each.
         checkpoint_seconds: between checkpoints.
-        processes: one a core.
+        processes: one a core; 1 on a GPU.
+        device: "cpu" or "cuda".
+        sequences: of a step, in each process.
+        workers: processes that make up the sequences of each process; 0 for none but itself.
         seed: of everything.
     """
 
@@ -113,6 +120,9 @@ class TrainingOptions:
     max_grad_norm: float = 1.0
     checkpoint_seconds: float = 240.0
     processes: int = 2
+    device: str = "cpu"
+    sequences: int = 1
+    workers: int = 0
     seed: int = 0
     mix: QuestionMix = field(
         default_factory=lambda: QuestionMix(
@@ -127,6 +137,14 @@ class TrainingOptions:
                 raise RelayModelsError(f"{name} must be positive and finite, got {value}")
         if not 0 <= self.reading_share < 1:
             raise RelayModelsError(f"reading_share must be at least 0 and below 1, got {self.reading_share}")
+        if self.sequences < 1 or self.workers < 0:
+            raise RelayModelsError(
+                f"sequences must be at least 1 and workers 0, got {self.sequences} and {self.workers}"
+            )
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and self.processes > 1):
+            raise RelayModelsError(
+                f"device must be cpu, or cuda with one process, got {self.device!r} and processes {self.processes}"
+            )
         if self.seed < 0:
             raise RelayModelsError(f"seed must not be negative, got {self.seed}")
 
@@ -160,8 +178,9 @@ def train(options: TrainingOptions, model: Model, data: Data, tokenizer: Any, fo
     started, saved = time.monotonic() - elapsed, time.monotonic()
     total = options.minutes * 60
     bar = tqdm(total=int(total), initial=int(elapsed), unit="s", disable=rank != 0, mininterval=10)
+    batches = trainer.batches(step)
     while (elapsed := trainer.agreed(time.monotonic() - started)) < total:
-        figures = trainer.step(step, elapsed / total)
+        figures = trainer.step(step, elapsed / total, next(batches))
         step += 1
         if rank == 0:
             bar.update(int(elapsed) - bar.n)
@@ -176,11 +195,24 @@ def train(options: TrainingOptions, model: Model, data: Data, tokenizer: Any, fo
     bar.close()
 
 
+class Drawn(NamedTuple):
+    """A sequence made up for one step: its map [T], its tokens, and the seed of what is chosen of them."""
+
+    class_T: Tensor  # noqa: N815
+    packed: PackedSequence
+    seed: int
+
+
 class _Trainer:
     def __init__(self, options: TrainingOptions, model: Model, data: Data, tokenizer: Any, rank: int) -> None:
         self.options, self.model, self.data, self.rank = options, model, data, rank
+        self.device = torch.device(options.device)
         self.packer = Packer(tokenizer, model.projector.sizes.grid**2)
         projector = model.projector.eval().requires_grad_(False)
+        # What a projector sees does not change any more; the processes that make sequences up have no GPU.
+        seeing = projector if self.device.type == "cpu" else copy.deepcopy(projector).cpu()
+        for module in (projector, model.shape_head, model.llama):
+            module.to(self.device)
         of_tokens = projector.of_tokens()
         for parameter in of_tokens:
             parameter.requires_grad_(True)
@@ -188,14 +220,39 @@ class _Trainer:
         self.rates = (options.lora_rate, options.projector_rate)
         groups = [{"params": parameters} for parameters in self.groups]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-        self.maps = MapDrawer(projector, data.variants, data.weights, model.classes)
+        self.maps = MapDrawer(seeing, data.variants, data.weights, model.classes)
         self.mean: dict[str, float] = {}
         torch.manual_seed(options.seed)
-        self.probe = _Probe(model.projector.sizes)
+        self.probe = _Probe(model.projector.sizes).to(self.device)
         self.probe_optimizer = torch.optim.Adam(self.probe.parameters(), lr=3e-3)
         self.topics = _Topics(model.classes)
 
     # ------------------------------------------------------------ data
+
+    def batches(self, step: int) -> Iterator[list[Drawn]]:
+        """The sequences of this step, of the next one, and so on without end."""
+        numbers = range(step * self.options.sequences, sys.maxsize)
+        if not self.options.workers:
+            while True:
+                yield [self[number] for number in numbers[: self.options.sequences]]
+                numbers = numbers[self.options.sequences :]
+        yield from DataLoader(
+            self,  # type: ignore[arg-type]  # all that is asked of it is an item by its number
+            batch_size=self.options.sequences,
+            sampler=numbers,
+            num_workers=self.options.workers,
+            collate_fn=list,
+            prefetch_factor=4,
+            multiprocessing_context="fork",
+            worker_init_fn=_work_alone,
+        )
+
+    def __getitem__(self, number: int) -> Drawn:
+        """Sequence ``number % sequences`` of step ``number // sequences``."""
+        step, index = divmod(number, self.options.sequences)
+        rng = np.random.default_rng([self.options.seed, step, self.rank, index])
+        map_GG, exchanges = self.sequence(rng)
+        return Drawn(torch.from_numpy(map_GG).flatten(), self.packer.pack(exchanges), int(rng.integers(1 << 31)))
 
     def sequence(self, rng: np.random.Generator) -> tuple[Map, list[Exchange]]:
         """A map, and questions about it, or about the photo it is of, until the sequence is full.
@@ -248,14 +305,15 @@ class _Trainer:
 
     # ------------------------------------------------------------ a step
 
-    def step(self, step: int, time_used: float) -> dict[str, float]:
-        rng = np.random.default_rng([self.options.seed, step, self.rank])
-        torch.manual_seed(int(rng.integers(1 << 31)))
+    def step(self, step: int, time_used: float, drawn: Sequence[Drawn] | None = None) -> dict[str, float]:
+        """One step, with the sequences of `batches`, which are made up here if they are not given."""
+        drawn = next(self.batches(step)) if drawn is None else drawn
+        torch.manual_seed(drawn[0].seed)
         self.optimizer.zero_grad(set_to_none=False)
         self.model.llama.merge()
         between = step % (self.options.readings_between + 1) > 0
         is_reading = between or time_used < self.options.reading_share
-        figures = self._picture_step(rng, is_reading)
+        figures = self._sequences_step(drawn, is_reading)
         self._average_gradients()
         rise = min(1.0, (step + 1) / self.options.warmup_steps)
         fall = max(0.0, time_used - self.options.held_share) / (1 - self.options.held_share)
@@ -277,12 +335,16 @@ class _Trainer:
             self.mean[name] = 0.95 * self.mean.get(name, value) + 0.05 * value
         return {name: round(value, 4) for name, value in self.mean.items()}
 
-    def _picture_step(self, rng: np.random.Generator, is_reading: bool) -> dict[str, float]:
-        map_GG, exchanges = self.sequence(rng)
-        packed = self.packer.pack(exchanges)
-        loss, figures = self._answer_loss(packed, torch.from_numpy(map_GG).flatten(), rng, is_reading=is_reading)
-        loss.backward()
-        return {**figures, "loss": loss.item(), "tokens": float(len(packed.ids_S))}
+    def _sequences_step(self, drawn: Sequence[Drawn], is_reading: bool) -> dict[str, float]:
+        """Adds the mean of their gradients; the figures are those of the last."""
+        figures: dict[str, float] = {}
+        for sequence in drawn:
+            packed = sequence.packed.to(self.device)
+            rng = np.random.default_rng(sequence.seed)
+            loss, figures = self._answer_loss(packed, sequence.class_T.to(self.device), rng, is_reading=is_reading)
+            (loss / len(drawn)).backward()
+            figures |= {"loss": loss.item(), "tokens": float(len(packed.ids_S))}
+        return figures
 
     def _answer_loss(
         self, packed: PackedSequence, class_T: Tensor, rng: np.random.Generator, *, is_reading: bool
@@ -298,7 +360,7 @@ class _Trainer:
             return self._guided_loss(packed, shares, probed)
         hidden_AD = hidden_SD[packed.source_A]
         weight_A = packed.weight_A / packed.weight_A.sum()
-        chosen_A = torch.from_numpy(rng.random(len(hidden_AD)) < self.options.full_vocabulary_share)
+        chosen_A = torch.from_numpy(rng.random(len(hidden_AD)) < self.options.full_vocabulary_share).to(self.device)
         loss, figures = self._guided_loss(packed, shares, probed)
         loss = self.options.guide_weight * loss
         if chosen_A.any():
@@ -306,7 +368,7 @@ class _Trainer:
             nll_A = F.cross_entropy(logits, packed.target_A[chosen_A], reduction="none")
             loss = loss + (nll_A * weight_A[chosen_A]).sum()
         if not chosen_A.all():
-            kept_V = torch.unique(torch.cat((torch.arange(COMMON_TOKENS), packed.target_A)))
+            kept_V = torch.unique(torch.cat((torch.arange(COMMON_TOKENS, device=self.device), packed.target_A)))
             logits = F.linear(hidden_AD[~chosen_A], llama.embeddings[kept_V]).float()
             target = torch.searchsorted(kept_V, packed.target_A[~chosen_A])
             nll_A = F.cross_entropy(logits, target, reduction="none")
@@ -469,6 +531,10 @@ class _Topics:
         return self._known[text]
 
 
+def _work_alone(number: int) -> None:
+    torch.set_num_threads(1)
+
+
 def new_model(
     config: Any, tensors: dict[str, Tensor], tokenizer: Any, classes: Sequence[str], options: TrainingOptions
 ) -> Model:
@@ -497,7 +563,8 @@ def new_model(
         projector.gap_D.copy_(directions(1)[0] * LENGTH_SHARE)
         projector.unused_D.copy_(directions(1)[0])
     # Where a core has no tiles (AMX) for it, PyTorch multiplies bfloat16 slower than float32.
-    dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    is_fast = options.device == "cuda" or torch.cpu._is_amx_tile_supported()
+    dtype = torch.bfloat16 if is_fast else torch.float32
     llama = LoraLlama(config, tensors, rank=options.rank, alpha=options.alpha, seed=options.seed, dtype=dtype)
     return Model(projector, nn.Linear(sizes.width, 4), llama, tuple(classes))
 

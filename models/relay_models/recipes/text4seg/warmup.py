@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,8 +78,9 @@ def warm_up(
         checkpoint: a file; when the time is over it holds the result, and nothing is left to do.
     """
     grid = model.projector.sizes.grid
+    device = model.projector.cell_TE.device
     targets = [[cell_targets(photo, grid, model.classes) for photo in variant.photos] for variant in variants]
-    weights_K = class_weights(targets, len(model.classes) + 1)
+    weights_K = class_weights(targets, len(model.classes) + 1).to(device)
     parameters = [*model.projector.requires_grad_(True).parameters(), *model.shape_head.parameters()]
     matrices = [parameter for parameter in parameters if parameter.dim() > 1]
     others = [parameter for parameter in parameters if parameter.dim() <= 1]
@@ -102,8 +103,8 @@ def warm_up(
                 for _ in range(options.photos)
             ]
             features = np.stack([variants[number].features[index] for number, index in drawn])
-            with torch.autocast("cpu", torch.bfloat16):
-                hidden_NTE = model.projector.hidden(torch.from_numpy(features).float())
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden_NTE = model.projector.hidden(torch.from_numpy(features).to(device).float())
                 logits_NTK = model.projector.classify(hidden_NTE).float()
                 shape_NT4 = model.shape_head(hidden_NTE).float()
             chosen = [targets[number][index] for number, index in drawn]
@@ -130,15 +131,19 @@ def cell_losses(
     class_weights_K: Tensor | None = None,
 ) -> Tensor:
     """What the projector says of each cell against what is known: its class, and the shape of its object."""
-    class_NT = torch.from_numpy(np.stack([target.class_T for target in targets]))
-    unnamed_NK = torch.from_numpy(np.stack([target.unnamed_K for target in targets]))
+
+    def stacked(arrays: Iterable[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(list(arrays))).to(logits_NTK.device)
+
+    class_NT = stacked(target.class_T for target in targets)
+    unnamed_NK = stacked(target.unnamed_K for target in targets)
     log_NTK = logits_NTK.log_softmax(-1)
     named_NT = log_NTK.gather(-1, class_NT[..., None])[..., 0]
     unnamed_NT = log_NTK.masked_fill(~unnamed_NK[:, None], float("-inf")).logsumexp(-1)
     weight_NT = torch.ones_like(named_NT) if class_weights_K is None else class_weights_K[class_NT]
     class_loss = -(torch.where(class_NT > 0, named_NT, unnamed_NT) * weight_NT).sum() / weight_NT.sum()
-    truth_NT4 = torch.from_numpy(np.stack([target.shape_T4 for target in targets]))
-    is_object_NT = torch.from_numpy(np.stack([target.is_object_T for target in targets]))
+    truth_NT4 = stacked(target.shape_T4 for target in targets)
+    is_object_NT = stacked(target.is_object_T for target in targets)
     distance_NT = (shape_NT4 - truth_NT4).abs().mean(-1)
     shape_loss = (distance_NT * is_object_NT).sum() / is_object_NT.sum().clamp(min=1)
     return class_loss + shape_loss
@@ -148,8 +153,9 @@ def presence_loss(logits_NTK: Tensor, targets: Sequence[CellTargets]) -> Tensor:
     """What the cell that shows a class most likely says, against whether the class is there at all: the mean over what
     is there, and the sum over what is surely absent, a photo. Cells alone teach that rare classes are never likely."""
     highest_NK = logits_NTK.log_softmax(-1).amax(1)
-    is_there_NK = torch.from_numpy(np.stack([target.is_there_K for target in targets]))
-    is_absent_NK = torch.from_numpy(np.stack([target.is_absent_K for target in targets]))
+    device = logits_NTK.device
+    is_there_NK = torch.from_numpy(np.stack([target.is_there_K for target in targets])).to(device)
+    is_absent_NK = torch.from_numpy(np.stack([target.is_absent_K for target in targets])).to(device)
     missed = -(highest_NK * is_there_NK).sum() / is_there_NK.sum().clamp(min=1)
     claimed_NK = -torch.log1p(-highest_NK.exp().clamp(max=1 - 1e-4))
     return missed + (claimed_NK * is_absent_NK).sum() / len(targets)
