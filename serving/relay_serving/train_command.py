@@ -149,8 +149,8 @@ def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-relay train text4seg",
         description="Fine-tune a model on your masks: LoRA on LLaVA-1.5, Qwen2-VL or InternVL2, or relay-seg-tiny from "
-        "its beginning on a few CPU cores or a GPU. A run that was stopped goes on when the same command is given again. "
-        "What is not given is as in the paper, or as relay-seg-tiny was made.",
+        "its beginning on a few CPU cores or a GPU. A run that was stopped goes on when the same command is given "
+        "again. What is not given is as in the paper, or as relay-seg-tiny was made.",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
