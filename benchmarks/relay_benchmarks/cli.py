@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from relay_benchmarks import drafting, refining, segmentation
+from relay_benchmarks import drafting, kernel, refining, segmentation
 from relay_benchmarks.decode import DecodeOptions, Report, RunFacts, Workload, run_decode
 from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.machine import Machine
@@ -88,6 +88,13 @@ def _add_experiments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=_DEFAULTS.seed, metavar="N", help="of the prompts (%(default)s)")
     add("--output", type=Path, metavar="CSV", help="append rows here (default: results/<machine>.csv of this package)")
     decode.set_defaults(run_experiment=_decode)
+    layer = experiments.add_parser(
+        "kernel",
+        help="one layer's decode attention, kernel against kernel",
+        description="Relay's kernel and every other that is installed, checked against float64, on the same step.",
+    )
+    kernel.add_arguments(layer)
+    layer.set_defaults(run_experiment=_kernel)
     rows = experiments.add_parser(
         "drafting",
         help="passes a token of drafted segmentation answers, against vLLM's n-gram",
@@ -109,6 +116,10 @@ def _add_experiments(parser: argparse.ArgumentParser) -> None:
     )
     refining.add_arguments(masks)
     masks.set_defaults(run_experiment=_refining)
+
+
+def _kernel(args: argparse.Namespace) -> None:
+    print(kernel.result_table(kernel.run(args, lambda text: print(text, file=sys.stderr, flush=True))), flush=True)
 
 
 def _drafting(args: argparse.Namespace) -> None:
