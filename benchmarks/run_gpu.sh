@@ -35,7 +35,7 @@ echo "== machine"
 } | tee "$out/machine.txt"
 
 echo "== kernels against the reference"
-(cd "$root" && "$python" -m pytest tests/kernels/test_triton.py tests/kernels/test_plan.py -q -x -m "" -p no:cacheprovider) 2>&1 | tee "$out/correctness.txt"
+(cd "$root" && "$python" -m pytest tests/kernels/test_triton.py tests/kernels/test_triton_plan.py tests/kernels/test_plan.py -q -x -m "" -p no:cacheprovider) 2>&1 | tee "$out/correctness.txt"
 correct=${PIPESTATUS[0]}
 if [ "$correct" -ne 0 ]; then
     echo "a kernel is wrong: nothing is timed" >&2

@@ -14,6 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from relay_kernels.relay_attention.triton_plan import (
+    COMPARED_BLOCKS,
+    MAX_DEPTH,
+    MAX_ROWS,
+    extend_kernel,
+    lower_kernel,
+    partition_kernel,
+)
 from relay_kernels.relay_attention.triton_relay import HEADS_PER_MERGE, attend_kernel, default_tiles, merge_kernel
 
 WARP_SIZE = 32
@@ -32,8 +40,12 @@ def compile_kernel(
             return f"*{NAMES[dtype]}"
         if name.startswith(("p_partial", "p_lse")):
             return "*fp32"
+        if name == "p_sums":
+            return "*i64"
         if name.startswith("p_"):
             return "*i32"
+        if name.startswith(("num_", "most_", "width", "depth")):
+            return "i32"
         return "fp32" if name == "scale_log2" else "i64"
 
     signature = {name: type_of(name) for name in kernel.arg_names}
@@ -70,5 +82,26 @@ def main(dtype_name: str, head_size: int, capability: int) -> None:
     print(json.dumps(report))
 
 
+def plan_report(dtype: torch.dtype, capability: int) -> dict[str, dict[str, Any]]:
+    """Of the kernels that plan, for as many rows as they take."""
+    rows = {"ROWS": MAX_ROWS, "DEPTHS": MAX_DEPTH}
+    costs = {"KEY_READ": 128, "ROW_KEY": 1}
+    lowering = {
+        **rows, **costs, "SEGMENT": 8192, "MERGE": 512, "MIN_KEYS": 0, "MAX_BLOCKS": 64, "BLOCK_SIZE": 16,
+        "NODE_STEPS": 12, "PIECE_STEPS": 14, "MEMBER_STEPS": 13, "HEADS_PER_KV_HEAD": 3, "SMALL_ROWS": 16,
+        "LARGE_ROWS": 64, "PIECE_CAPACITY": 16384, "MOST_SLOTS": 4096,
+    }  # fmt: skip
+    return {
+        "partition": compile_kernel(
+            partition_kernel, dtype, {**rows, **costs, "BLOCK_SIZE": 16}, capability, num_warps=8
+        ),
+        "extend": compile_kernel(extend_kernel, dtype, {**rows, "COMPARED": COMPARED_BLOCKS}, capability, num_warps=4),
+        "lower": compile_kernel(lower_kernel, dtype, lowering, capability, num_warps=8),
+    }
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1] == "plan":
+        print(json.dumps(plan_report(torch.bfloat16, int(sys.argv[2]))))
+    else:
+        main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

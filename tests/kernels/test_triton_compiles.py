@@ -21,24 +21,33 @@ SHARED_MEMORY_PER_BLOCK = 99 * 1024  # of the smallest GPUs since Ampere (8.6, 8
     ("dtype", "head_size", "capability"), [("fp16", 80, 80), ("bf16", 128, 90), ("bf16", 256, 90), ("fp32", 256, 80)]
 )
 def test_kernels_compile_and_fit(dtype: str, head_size: int, capability: int, tmp_path: Path) -> None:
+    report = compiled(tmp_path, dtype, str(head_size), str(capability))
+    assert set(report) == {"attend small", "attend large", "merge"}
+
+
+def test_the_kernels_that_plan_compile_and_fit(tmp_path: Path) -> None:
+    assert set(compiled(tmp_path, "plan", "90")) == {"partition", "extend", "lower"}
+
+
+def compiled(cache: Path, *words: str) -> dict[str, dict[str, int]]:
     script = Path(__file__).parent / "compile_kernels.py"
     source_root = str(Path(relay_kernels.__file__).parents[1])
     environment = {
         **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         "PYTHONPATH": os.pathsep.join(filter(None, (source_root, os.environ.get("PYTHONPATH")))),
-        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_CACHE_DIR": str(cache),
     }
     result = subprocess.run(
-        [sys.executable, str(script), dtype, str(head_size), str(capability)],
+        [sys.executable, str(script), *words],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    assert set(report) == {"attend small", "attend large", "merge"}
+    report: dict[str, dict[str, int]] = json.loads(result.stdout)
     for name, sizes in report.items():
         assert sizes["code_bytes"] > 0, name
         assert sizes["shared_bytes"] <= SHARED_MEMORY_PER_BLOCK, name
+    return report

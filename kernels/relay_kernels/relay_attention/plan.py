@@ -174,6 +174,7 @@ def make_plan(
     *,
     block_size: int,
     cost_model: CostModel,
+    max_depth: int | None = None,
 ) -> RelayPlan:
     """Find what the rows of one step share and decide what of it pays.
 
@@ -183,10 +184,13 @@ def make_plan(
         seq_lens: [R] keys of each row, this step's included. A row with no query tokens or no keys is padding.
         block_size: tokens per block.
         cost_model: when sharing pays.
+        max_depth: of the prefix trees; what is nested deeper is not looked for. None for no limit.
 
     Raises:
         ValueError: an argument has the wrong shape or an impossible value; the message names it.
     """
+    if max_depth is not None and max_depth < 1:
+        raise ValueError(f"max_depth must be at least 1 or None, got {max_depth}")
     query_lens_R = _lengths("query_lens", query_lens)
     seq_lens_R = _lengths("seq_lens", seq_lens)
     _check_step(block_table, query_lens_R, seq_lens_R, block_size)
@@ -196,7 +200,7 @@ def make_plan(
     suffix_starts_R = np.zeros(len(query_lens_R), dtype=np.int64)
     shared: list[Segment] = []
     for rows, start, end in _paying_nodes(
-        list(_prefix_forest(block_table, shareable_R)), query_lens_list, cost_model, block_size
+        list(_prefix_forest(block_table, shareable_R, max_depth)), query_lens_list, cost_model, block_size
     ):
         shared.append(Segment(tuple(rows.tolist()), start * block_size, end * block_size))
         suffix_starts_R[rows] = np.maximum(suffix_starts_R[rows], end * block_size)
@@ -259,8 +263,8 @@ class _Node:
     pays: list[bool] = field(default_factory=list)
 
 
-def _prefix_forest(block_table: IntArray, shareable_R: IntArray) -> Iterator[_Node]:
-    """The nodes of the prefix trees of two or more rows, parents before children."""
+def _prefix_forest(block_table: IntArray, shareable_R: IntArray, max_depth: int | None) -> Iterator[_Node]:
+    """The nodes of the prefix trees of two or more rows, parents before children, as deep as is wanted."""
     branches: list[tuple[IntArray, int, _Node | None]] = [(np.flatnonzero(shareable_R), 0, None)]
     while branches:
         rows, start, parent = branches.pop()
@@ -271,7 +275,7 @@ def _prefix_forest(block_table: IntArray, shareable_R: IntArray) -> Iterator[_No
                 parent.children.append(node)
             yield node
             going_on = group[shareable_R[group] > end]
-            if len(going_on) > 1:
+            if len(going_on) > 1 and len(node.starts) != max_depth:
                 branches.append((going_on, end, node))
 
 

@@ -94,10 +94,7 @@ def make_work_list(
     )
     key_end_S = np.concatenate((_int64(segment.key_end for segment in shared), seq_lens_R[own_rows]))
     tokens_S = np.add.reduceat(query_lens_R[rows], first_row_S) if len(rows) else first_row_S
-    most_pieces_S = np.maximum(MOST_SLOTS_OF_CUT_SEGMENT // np.maximum(tokens_S, 1), 1)
-    segment_P, key_start_P, key_end_P = _cut(
-        key_start_S, key_end_S, plan.block_size, max_keys_per_segment, most_pieces_S
-    )
+    segment_P, key_start_P, key_end_P = _cut(key_start_S, key_end_S, tokens_S, plan.block_size, max_keys_per_segment)
 
     # A span is the tokens of one row in one piece: its last ones, from the first that sees a key of the piece.
     piece_of_span, row_in_piece = expand(num_rows_S[segment_P])
@@ -119,6 +116,37 @@ def make_work_list(
         # Every token's slots stand in ascending key order already, so a stable sort by token keeps them so.
         token_slots=_int32(slot_token.argsort(kind="stable")),
     )
+
+
+def fitted_work_list(
+    plan: RelayPlan,
+    query_start_loc: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None,
+    *,
+    max_keys_per_segment: int,
+    most_segments: int,
+    most_slots: int,
+) -> WorkList:
+    """The work list of a plan where buffers have an end: a step that may not fit shares nothing and is cut nowhere.
+
+    Whether it may is judged by what no work list of the plan exceeds: for each segment its pieces, and its pieces times
+    its query tokens. A step's tokens and rows have to fit in any case.
+
+    Raises:
+        ValueError: as `make_work_list`; or there are more rows than ``most_segments``, or tokens than ``most_slots``.
+    """
+    segments = [(s.num_keys, sum(plan.query_lens[row] for row in s.requests)) for s in (*plan.shared, *plan.suffixes)]
+    keys_S, tokens_S = (_int64(values) for values in zip(*segments, strict=True)) if segments else (_int64(()),) * 2
+    pieces_S, _ = _pieces(keys_S, tokens_S, plan.block_size, max_keys_per_segment)
+    if int(pieces_S.sum()) <= most_segments and int((pieces_S * tokens_S).sum()) <= most_slots:
+        return make_work_list(plan, query_start_loc, max_keys_per_segment=max_keys_per_segment)
+    for name, needed, most in (
+        ("segments", len(plan.suffixes), most_segments),
+        ("slots", sum(plan.query_lens[s.requests[0]] for s in plan.suffixes), most_slots),
+    ):
+        if needed > most:
+            raise ValueError(f"the step needs {needed} {name}, more than most_{name}, {most}")
+    unshared = RelayPlan(plan.block_size, plan.query_lens, plan.seq_lens, (), (0,) * plan.num_requests)
+    return make_work_list(unshared, query_start_loc, max_keys_per_segment=None)
 
 
 def _query_starts(
@@ -147,21 +175,26 @@ def _query_starts(
 
 
 def _cut(
-    key_start_S: Int64Array,
-    key_end_S: Int64Array,
-    block_size: int,
-    max_keys: int | None,
-    most_pieces_S: Int64Array,
+    key_start_S: Int64Array, key_end_S: Int64Array, tokens_S: Int64Array, block_size: int, max_keys: int | None
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Cut segments into even pieces of whole blocks: (segment, key_start, key_end) of each, in key order."""
-    blocks_S = -(-(key_end_S - key_start_S) // block_size)
-    max_blocks = int(blocks_S.max(initial=1)) if max_keys is None else max(max_keys // block_size, 1)
-    pieces_S = np.clip(-(-blocks_S // max_blocks), 1, most_pieces_S)
-    piece_blocks_S = np.maximum(-(-blocks_S // pieces_S), 1)
-    segment_P, part_P = expand(-(-blocks_S // piece_blocks_S))
+    pieces_S, piece_blocks_S = _pieces(key_end_S - key_start_S, tokens_S, block_size, max_keys)
+    segment_P, part_P = expand(pieces_S)
     piece_keys_P = piece_blocks_S[segment_P] * block_size
     key_start_P = key_start_S[segment_P] + part_P * piece_keys_P
     return segment_P, key_start_P, np.minimum(key_start_P + piece_keys_P, key_end_S[segment_P])
+
+
+def _pieces(
+    keys_S: Int64Array, tokens_S: Int64Array, block_size: int, max_keys: int | None
+) -> tuple[Int64Array, Int64Array]:
+    """How many pieces each segment is cut into, and how many blocks each of them but the last has."""
+    blocks_S = -(-keys_S // block_size)
+    max_blocks = int(blocks_S.max(initial=1)) if max_keys is None else max(max_keys // block_size, 1)
+    most_pieces_S = np.maximum(MOST_SLOTS_OF_CUT_SEGMENT // np.maximum(tokens_S, 1), 1)
+    wanted_S = np.clip(-(-blocks_S // max_blocks), 1, most_pieces_S)
+    piece_blocks_S = np.maximum(-(-blocks_S // wanted_S), 1)
+    return -(-blocks_S // piece_blocks_S), piece_blocks_S
 
 
 def expand(counts: Int64Array) -> tuple[Int64Array, Int64Array]:
