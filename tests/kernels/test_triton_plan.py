@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -197,6 +199,22 @@ def test_the_steps_of_an_engine(triton_device: torch.device) -> None:
         assert_equal(made, expected)
         shared += is_shared
     assert shared > 3
+
+
+@pytest.mark.parametrize("name", ["cold_burst", "padded_rows", "preemption", "sliding_window", "stale_tails"])
+def test_recorded_steps_of_a_real_engine(name: str, triton_device: torch.device) -> None:
+    """Same-step prefix hits, padded rows and rows of a graph's capture, null blocks, tails of whoever was there."""
+    recording = json.loads((Path(__file__).parent / "recorded_steps" / f"{name}.json").read_text())
+    size, recorded = recording["block_size"], recording["steps"][::6]
+    work = workspace(triton_device, Capacity(segments=400, slots=4000, tokens=1500))
+    rows = max(len(step["seq_lens"]) for step in recorded)
+    planner = DevicePlanner(work, max_rows=rows, block_size=size, cost_model=ALWAYS, max_keys_per_segment=64)
+    for found in recorded:
+        table = np.array(found["block_table"], dtype=np.int32)
+        step = Step(table, tuple(found["query_lens"]), tuple(found["seq_lens"]), size)
+        expected, _ = on_host(step, ALWAYS, 64, work.capacity)
+        planner.plan(*tensors_of(step, triton_device))
+        assert_equal(work, expected)
 
 
 def test_launches_do_not_depend_on_the_step(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
