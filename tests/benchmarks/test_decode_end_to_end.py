@@ -86,6 +86,7 @@ def test_relay_relays_and_stock_is_stock(tiny_model: Path, tmp_path: Path) -> No
     assert "default of stock 128, of relay 128" in out
 
 
+@pytest.mark.slow
 def test_an_interrupted_start_leaves_no_process(tiny_model: Path, tmp_path: Path) -> None:
     process = bench(tiny_model, tmp_path / "results.csv")
     deadline = time.monotonic() + 60

@@ -201,7 +201,14 @@ def test_the_steps_of_an_engine(triton_device: torch.device) -> None:
     assert shared > 3
 
 
-@pytest.mark.parametrize("name", ["cold_burst", "padded_rows", "preemption", "sliding_window", "stale_tails"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cold_burst",
+        "padded_rows",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("preemption", "sliding_window", "stale_tails")),
+    ],
+)
 def test_recorded_steps_of_a_real_engine(name: str, triton_device: torch.device) -> None:
     """Same-step prefix hits, padded rows and rows of a graph's capture, null blocks, tails of whoever was there."""
     recording = json.loads((Path(__file__).parent / "recorded_steps" / f"{name}.json").read_text())

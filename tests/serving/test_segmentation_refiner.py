@@ -97,6 +97,7 @@ def test_a_client_that_leaves_takes_no_answer_from_the_next_one(sam_folder: Path
     with_refining(sam_folder, use)
 
 
+@pytest.mark.slow
 def test_too_slow_or_killed_is_a_failure_and_then_it_works_again(
     sam_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -223,6 +224,7 @@ def test_all_wait_at_one_time_for_what_is_not_loaded(sam_folder: Path, monkeypat
     with_refining(sam_folder, use, timeout=1.0)
 
 
+@pytest.mark.slow
 def test_what_dies_again_and_again_rests(sam_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def use(refining: Refining) -> None:
         refining._deaths = MOST_DEATHS - 1  # of starts that each cost seconds
