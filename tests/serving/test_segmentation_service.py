@@ -6,7 +6,7 @@ The engine's faults cannot be had on demand from a real one, so its words are sc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -74,8 +74,15 @@ class CountingRefiner:
     name = "counting"
     refined = 0
 
-    async def refine(self, view: Any, picture_id: str, height: int, width: int, coarse: Sequence[Any]) -> list[Any]:
+    fails = False
+
+    async def refine(
+        self, view: Any, picture_id: str, height: int, width: int, draw: Callable[[], Sequence[Any]]
+    ) -> list[Any] | None:
+        coarse = draw()
         self.refined += len(coarse)
+        if self.fails:
+            return None
         return [RefinedMask(mask.astype(bool), Outcome.REFINED) for mask in coarse]
 
 
@@ -194,6 +201,19 @@ def test_masks_that_need_too_much_memory_stay_coarse_and_say_so(
     for result in response.results:
         assert result.refiner == ("counting" if refined else None)
         assert bool(result.warnings) is not bool(refined)
+
+
+def test_refining_that_failed_leaves_the_coarse_masks_and_says_so() -> None:
+    refiner = CountingRefiner()
+    refiner.fails = True
+    response = answered({"cat": [(CAT, "stop")]}, classes=["cat", "dog"], refiner=refiner)
+    assert [(result.area, result.refiner) for result in response.results] == [(18, "failed"), (0, "failed")]
+
+
+def test_an_answer_of_background_alone_is_nothing_to_refine() -> None:
+    refiner = CountingRefiner()
+    (result,) = answered({"": [(EMPTY, "stop")]}, everything=True, refiner=refiner).results
+    assert (result.empty, result.refiner, refiner.refined) == (True, "skipped", 0)
 
 
 def test_nothing_but_the_end_of_the_text_ends_a_descriptor() -> None:
