@@ -545,7 +545,7 @@ class TestTheEmbeddedModel:
         tab_to(page, "choose")
         with page.expect_file_chooser() as chooser:
             page.keyboard.press("Enter")
-        chooser.value.set_files(PHOTOS / "images" / name)
+        chooser.value.set_files(PHOTOS / name)
         wait_until(page, "document.activeElement.id === 'expressions'")
         page.keyboard.type("person")
         page.keyboard.press("Enter")
