@@ -5,7 +5,8 @@ The folder holds
     masks.jsonl     a line for each answer: what was asked, and the mask; `vllm-relay bench refining` reads it
     report.json, report.md
 
-A photo's lines are written in one go. What a kill cut off, and what the server failed to answer, is asked again.
+A photo's lines are written in one go. What a kill cut off, and what the server failed to answer, is asked again. A
+folder whose evaluation is finished takes no other: its answers may be those of weights that are no longer served.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from relay_models.recipes.text4seg.dataset import Photo
     from relay_models.recipes.text4seg.evaluation import EvaluationReport, Query, Reply
 
-RUN, MASKS = "run.json", "masks.jsonl"
+RUN, MASKS, REPORT = "run.json", "masks.jsonl", "report.json"
 
 
 class EvaluationFolder:
@@ -34,7 +35,7 @@ class EvaluationFolder:
         run: what the answers depend on, as JSON has it.
 
     Raises:
-        UsageError: it cannot be written, or holds another evaluation.
+        UsageError: it cannot be written, or holds another evaluation, or one that is finished.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
@@ -44,7 +45,9 @@ class EvaluationFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._check_run(run)
-            self._read()
+            num_failed = self._read()
+            if (folder / REPORT).exists() and not num_failed:
+                raise UsageError(f"--output is {str(folder)!r}, which holds a finished evaluation: name another folder")
         except (OSError, ValueError) as error:
             raise self._unusable(error) from error
 
@@ -80,7 +83,7 @@ class EvaluationFolder:
         lines = [line for photo in photos for line in self._lines.get(photo.file, ())]
         try:
             _write(self._folder / MASKS, _text(lines))
-            _write(self._folder / "report.json", report.to_json())
+            _write(self._folder / REPORT, report.to_json())
             _write(self._folder / "report.md", report.to_markdown())
         except OSError as error:
             raise self._unusable(error) from error
@@ -98,22 +101,21 @@ class EvaluationFolder:
                     f"and now it is {value!r}: name another folder"
                 )
 
-    def _read(self) -> None:
-        """Whole lines of what was answered; a photo of which one was not is asked about again."""
+    def _read(self) -> int:
+        """Take over whole lines; of a photo of which a question failed none, so that all are asked again. How many
+        photos those are."""
         from relay_models.recipes.text4seg.evaluation import FAILED
 
         file = self._folder / MASKS
         if not file.exists():
-            return
-        text = file.read_text(encoding="utf-8")
-        whole, _, cut_off = text.rpartition("\n")
+            return 0
+        found: dict[str, list[dict[str, Any]]] = {}
+        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
         for line in map(json.loads, whole.splitlines()):
-            self._lines.setdefault(line["file"], []).append(line)
-        self._lines = {
-            name: lines for name, lines in self._lines.items() if all(line["status"] != FAILED for line in lines)
-        }
-        if cut_off or len(self._lines) != len({json.loads(line)["file"] for line in whole.splitlines()}):
-            _write(file, _text([line for lines in self._lines.values() for line in lines]))
+            found.setdefault(line["file"], []).append(line)
+        self._lines = {name: lines for name, lines in found.items() if all(line["status"] != FAILED for line in lines)}
+        _write(file, _text([line for lines in self._lines.values() for line in lines]))
+        return len(found) - len(self._lines)
 
     def _unusable(self, error: Exception) -> UsageError:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -284,8 +284,12 @@ def evaluate_server(photos: Sequence[Photo], url: str, args: argparse.Namespace)
     data = args.name or args.data.name
     kept = None
     if args.output is not None:
-        conditions = {"grammar": args.grammar, "refiner": args.refiner, "grid": settings.grid}
-        kept = EvaluationFolder(args.output, {"data": data, "model": server.model, **conditions})
+        run = {
+            "data": data, "model": server.model, "model_folder": server.model_folder, "grammar": args.grammar,
+            "refiner": args.refiner, "grid": settings.grid, "kinds": list(settings.kinds),
+            "max_absent": settings.max_absent, "photos": len(photos),
+        }  # fmt: skip
+        kept = EvaluationFolder(args.output, run)
 
     def answer(photo: Photo, queries: Sequence[Query]) -> Sequence[Reply]:
         replies = kept.replies(photo, queries) if kept is not None else None
@@ -358,25 +362,26 @@ class Server:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._grammar, self._refiner = grammar, refiner
         self._given_up = threading.Event()
-        self.model = self._chosen(model, wants_adapter)
+        self.model, self.model_folder = self._chosen(model, wants_adapter)
 
     def give_up(self) -> None:
         """Requests that the server is too busy for are not tried again from now on."""
         self._given_up.set()
 
-    def _chosen(self, name: str | None, wants_adapter: bool) -> str:
+    def _chosen(self, name: str | None, wants_adapter: bool) -> tuple[str, str | None]:
+        """The model's name, and where its weights lie on the server, as far as that says so."""
         models = self._call("/v1/models").get("data") or []
         if not models:
             raise RelayServingError(f"{self._url} serves no model")
         if name is None and wants_adapter and len(models) > 1:
             models = [model for model in models if model.get("parent")] or models
-        served = [str(model["id"]) for model in models]
-        if name in served:
-            return str(name)
-        if name is not None or len(served) > 1:
+        served = {str(model["id"]): model.get("root") for model in models}
+        if name is None and len(served) == 1:
+            name = next(iter(served))
+        if name not in served:
             given = "missing" if name is None else repr(name)
             raise UsageError(f"--served-model is {given}; {self._url} serves {', '.join(served)}")
-        return served[0]
+        return str(name), served[str(name)]
 
     def grid(self, photo: Photo, text: str) -> tuple[int, int] | None:
         """Rows and columns of an answer, where one says so."""

@@ -224,6 +224,27 @@ def test_all_wait_at_one_time_for_what_is_not_loaded(sam_folder: Path, monkeypat
     with_refining(sam_folder, use, timeout=1.0)
 
 
+def test_what_dies_while_it_loads_rests_too(
+    sam_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed for memory when it is started anew: that is no reason to be off for good."""
+
+    async def killed(arguments: Any) -> None:
+        raise refining_module.WorkerEndedError("its process was killed by signal 9")
+
+    async def use(refining: Refining) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(refining_module._Worker, "start", killed)
+            for _ in range(MOST_DEATHS):
+                assert await asyncio.gather(*(ask(refining) for _ in range(2))) == [None] * 2
+        assert f"while it loaded, {MOST_DEATHS} times in a row" in caplog.text
+        assert await ask(refining) is None
+        refining._rests_until = 0.0
+        assert await ask(refining) is not None
+
+    with_refining(sam_folder, use)
+
+
 @pytest.mark.slow
 def test_what_dies_again_and_again_rests(sam_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def use(refining: Refining) -> None:

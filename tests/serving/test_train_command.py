@@ -255,8 +255,9 @@ def test_what_a_server_could_not_answer_is_wrong_by_every_figure(data, truth, tm
     server.changed = lambda result: result
     assert evaluated(data, url, tmp_path / "out")["n_acc"]["value"] == 1.0
     assert len(server.requests) == 3
-    assert evaluated(data, url, tmp_path / "out")["n_acc"]["value"] == 1.0
-    assert len(server.requests) == 4
+    with pytest.raises(UsageError, match=r"out', which holds a finished evaluation: name another folder"):
+        evaluated(data, url, tmp_path / "out")
+    assert len(server.requests) == 4  # for the grid
 
 
 def test_an_evaluation_that_was_ended_goes_on(data, truth, tmp_path):
@@ -276,11 +277,21 @@ def test_an_evaluation_that_was_ended_goes_on(data, truth, tmp_path):
 
 
 def test_a_folder_of_another_evaluation_is_refused(data, truth, tmp_path):
-    _, url = truth
+    server, url = truth
     evaluated(data, url, tmp_path / "out")
-    with pytest.raises(UsageError, match=r"out', which holds an evaluation with grammar 'on', and now it is 'off'"):
-        evaluated(data, url, tmp_path / "out", "--grammar", "off")
+    lines = (tmp_path / "out" / "masks.jsonl").read_text()
+    for flags, said in (
+        (("--grammar", "off"), "grammar 'on', and now it is 'off'"),
+        (("--limit", "1"), "photos 2, and now it is 1"),
+        (("--kinds", "absent"), "kinds .*'class'.* and now it is .'absent'."),
+    ):
+        with pytest.raises(UsageError, match=rf"out', which holds an evaluation with {said}"):
+            evaluated(data, url, tmp_path / "out", *flags)
+    assert (tmp_path / "out" / "masks.jsonl").read_text() == lines
     (tmp_path / "file").write_text("")
+    server.models = [{"id": "truth", "root": "/weights/newer"}]
+    with pytest.raises(UsageError, match="model_folder None, and now it is '/weights/newer'"):
+        evaluated(data, url, tmp_path / "out")
     with pytest.raises(UsageError, match=r"file', which cannot be used: File exists"):
         evaluated(data, url, tmp_path / "file")
 

@@ -192,8 +192,12 @@ class Refining:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     running = await asyncio.shield(loading)
-            except (RefusedError, WorkerEndedError) as error:
+            except RefusedError as error:
                 self._give_up(f"it cannot be loaded: {error}")
+                return None
+            except WorkerEndedError as error:  # out of memory, say: that passes
+                if self._loading is loading:
+                    self._died(f"{error} while it loaded")
                 return None
             except TimeoutError:
                 logger.warning("Refiner %s is still loading; masks stay coarse.", self.name)
@@ -265,6 +269,9 @@ class Refining:
 
     async def _replace(self, running: _Worker, reason: str) -> None:
         await running.end()
+        self._died(reason)
+
+    def _died(self, reason: str) -> None:
         self._loading = None
         self._deaths += 1
         if self._deaths < MOST_DEATHS:

@@ -546,12 +546,13 @@ _TOTALS = {
 
 def _totals(pairs: Sequence[Pair], settings: EvaluationSettings) -> tuple[Row, ...]:
     """Of each set of kinds of which something was asked; one with absent ones only where some of them were."""
-    rows: list[Row] = []
-    for name, kinds in _TOTALS.items():
-        met = [pair for pair in pairs if pair[0].kind in kinds]
-        if met and any(pair[0].kind == kinds[-1] for pair in met) | (kinds == _EXPRESSIONS):
-            rows.append(_row(name, met, settings))
-    return tuple(rows)
+    asked = {pair[0].kind for pair in pairs}
+    absent = {ABSENT, ABSENT_EXPRESSION}
+    return tuple(
+        _row(name, [pair for pair in pairs if pair[0].kind in kinds], settings)
+        for name, kinds in _TOTALS.items()
+        if asked.intersection(kinds) and absent.intersection(kinds) <= asked
+    )
 
 
 def _grouped(pairs: Iterable[Pair], key: Callable[[Outcome], str]) -> dict[str, list[Pair]]:
