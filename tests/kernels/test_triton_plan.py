@@ -134,6 +134,10 @@ STEPS = {
         4, [([*range(1, depth + 1)] if half else [*range(1, depth), 90 + depth], 1, 4 * depth + 3)
             for depth in range(1, 7) for half in (True, False)]
     ),
+    "deeper, but not worth it": tree_step(16, [([1, 2, 3], 1, 63), ([1, 2, 3], 1, 70), ([1, 2], 1, 50)]),
+    "null blocks": Step(
+        np.array([[0, 5, 6, 7], [0, 5, 6, 8], [4, 0, 6, 9], [4, 0, 6, 3]], dtype=np.int32), (1,) * 4, (60,) * 4, 16
+    ),
     "nothing": Step(np.zeros((3, 2), dtype=np.int32), (0, 0, 0), (0, 0, 0), 16),
 }  # fmt: skip
 

@@ -172,6 +172,22 @@ def test_clients_that_leave_the_queue_cost_nothing(sam_folder: Path) -> None:
     with_refining(sam_folder, use)
 
 
+def test_who_waited_while_the_process_died_asks_the_new_one(sam_folder: Path) -> None:
+    async def use(refining: Refining) -> None:
+        assert await ask(refining) is not None
+        (process,) = workers()
+        process.send_signal(signal.SIGSTOP)
+        first, second = (asyncio.create_task(ask(refining)) for _ in range(2))
+        while not refining._turn.locked():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        process.kill()
+        assert await first is None
+        assert await second is not None
+
+    with_refining(sam_folder, use)
+
+
 def test_no_memory_in_the_server_costs_no_mask_and_no_process(
     sam_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

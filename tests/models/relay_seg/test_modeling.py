@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relay_models.relay_seg.configuration import RelaySegConfig
-from relay_models.relay_seg.modeling import RelaySegForConditionalGeneration
+from relay_models.relay_seg.modeling import RelaySegForConditionalGeneration, projector_sizes
 
 IMAGE = 16
 
@@ -133,3 +133,11 @@ def test_a_saved_model_comes_back(model: RelaySegForConditionalGeneration, tmp_p
         )
     assert loaded.config.grid == 2
     assert loaded.config.text_config.hidden_size == 32
+
+
+def test_the_projector_decides_by_the_thresholds_of_the_config() -> None:
+    config = RelaySegConfig(projector_present_above=0.2, projector_named_above=0.3)
+    sizes = projector_sizes(config)
+    assert (sizes.present_above, sizes.named_above) == (0.2, 0.3)
+    older = projector_sizes(RelaySegConfig())
+    assert (older.present_above, older.named_above) == (0.03, 0.1), "of weights whose files do not say"
