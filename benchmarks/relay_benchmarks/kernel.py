@@ -244,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def shapes_of(options: argparse.Namespace, device: torch.device) -> list[Shape]:
-    """From the largest step that all have in common outwards: a run that is cut short has said most. Raises
+    """The fewest requests first, and all kinds of heads side by side: a run that is cut short has met each kind. Raises
     BenchArgumentError."""
     on_gpu = device.type == "cuda"
     requests = options.requests or ((16, 64, 256) if on_gpu else (64,))
@@ -255,10 +255,10 @@ def shapes_of(options: argparse.Namespace, device: torch.device) -> list[Shape]:
     block_size = options.block_size or (16 if on_gpu else 128)
     shapes = [
         Shape(count, tokens, number, query_heads, key_heads, head_size, block_size, DTYPES[options.dtype])
-        for query_heads, key_heads in heads
         for count in requests
         for number in groups
         for tokens in shared
+        for query_heads, key_heads in heads
     ]
     return [shape for shape in shapes if shape.groups <= shape.requests]
 
