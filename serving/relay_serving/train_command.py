@@ -48,6 +48,8 @@ MOST_EXPRESSIONS = 64  # of one request, as the route takes them
 
 # ---------------------------------------------------------------- train
 
+SEEING, EVERYTHING = "seeing", "everything"  # what relay-seg may learn anew
+
 # Options of one of the two recipes alone, and what those of relay-seg are called there.
 _ONLY_LORA = frozenset(
     (
@@ -63,7 +65,7 @@ _ONLY_LORA = frozenset(
         "checkpoints_activations",
     )
 )
-_ONLY_RELAY_SEG = frozenset({"minutes", "warmup_minutes", "processes", "start"})
+_ONLY_RELAY_SEG = frozenset({"minutes", "warmup_minutes", "processes", "start", "anew"})
 _OF_TRAINING = frozenset({"minutes", "processes", "rank", "alpha", "learning_rate", "projector_rate", "seed"})
 _RELAY_SEG_NAMES = {"learning_rate": "lora_rate"}
 
@@ -96,23 +98,28 @@ def _trained(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
 def _trained_relay_seg(photos: Sequence[Photo], given: dict[str, Any]) -> Path:
     from relay_models.recipes.text4seg.relay_seg_recipe import (  # imports PyTorch
         RelaySegRecipe,
+        begun_from,
         on_gpu,
         train_relay_seg,
     )
 
-    if "start" in given and "warmup_minutes" in given:
-        raise UsageError("--warmup-minutes is for a run that begins anew, and --start goes on from another: give one")
+    anew = given.get("anew")
+    if anew == EVERYTHING and "start" in given:
+        raise UsageError(f"--start is what training begins from, and --anew {EVERYTHING} begins from nothing: give one")
     output: Path = given["output"]
     recipe = RelaySegRecipe(
         output, embedded_model.prepare(embedded_model.SMOLLM2), embedded_model.prepare_encoder(output)
     )
+    if anew != EVERYTHING:
+        recipe = begun_from(recipe, given.get("start", embedded_model.WEIGHTS), sees_anew=anew == SEEING)
     if _wants_gpu(given.get("device", "auto")):
         recipe = on_gpu(recipe, len(os.sched_getaffinity(0)))
     training = {_RELAY_SEG_NAMES.get(name, name): given[name] for name in _OF_TRAINING & given.keys()}
     if "absent" in given:
         training["mix"] = replace(recipe.training.mix, num_absent=given["absent"])
     recipe = replace(recipe, training=replace(recipe.training, **training))
-    recipe = replace(recipe, **{name: given[name] for name in ("variants", "start") if name in given})
+    if "variants" in given:
+        recipe = replace(recipe, variants=given["variants"])
     of_warmup = {"warmup_minutes": "minutes", "seed": "seed"}
     warmup = {theirs: given[ours] for ours, theirs in of_warmup.items() if ours in given}
     recipe = replace(recipe, warmup=replace(recipe.warmup, **warmup))
@@ -148,8 +155,8 @@ def _train_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="vllm-relay train text4seg",
-        description="Fine-tune a model on your masks: LoRA on LLaVA-1.5, Qwen2-VL or InternVL2, or relay-seg-tiny from "
-        "its beginning on a few CPU cores or a GPU. A run that was stopped goes on when the same command is given "
+        description="Fine-tune a model on your masks: LoRA on LLaVA-1.5, Qwen2-VL or InternVL2, or relay-seg-tiny on a "
+        "few CPU cores or a GPU. A run that was stopped goes on when the same command is given "
         "again. What is not given is as in the paper, or as relay-seg-tiny was made.",
         argument_default=argparse.SUPPRESS,
     )
@@ -188,7 +195,15 @@ def _train_parser() -> argparse.ArgumentParser:
         "--warmup-minutes", type=float, help="of the projector alone, before that", default=argparse.SUPPRESS
     )
     group.add_argument(
-        "--start", type=Path, metavar="FILE", help="go on from a RUN/relay-seg.safetensors of the same classes"
+        "--start",
+        type=Path,
+        metavar="FILE",
+        help="begin from an earlier run's relay-seg.safetensors (default: from the built-in weights)",
+    )
+    group.add_argument(
+        "--anew",
+        choices=[SEEING, EVERYTHING],
+        help="take over nothing of how pictures are seen, but how their maps are read; or nothing at all",
     )
     group.add_argument("--processes", type=_positive, help="one a core", default=argparse.SUPPRESS)
     return parser

@@ -523,8 +523,8 @@ def test_a_server_is_started_for_a_model(data, tiny_llava, capsys):
         (["--model", "m", "--output", "o", "--absent", "-2"], "num_absent must not be negative, got -2"),
         (["--model", "m", "--output", "o", "--warmup-minutes", "1"], "--warmup-minutes is no option of training m"),
         (
-            ["--model", "relay-seg-tiny", "--output", "o", "--start", "s", "--warmup-minutes", "1"],
-            "--warmup-minutes is for a run that begins anew",
+            ["--model", "relay-seg-tiny", "--output", "o", "--start", "s", "--anew", "everything"],
+            "--start is what training begins from, and --anew everything begins from nothing",
         ),
         (["--model", "relay-seg-tiny", "--output", "o", "--steps", "2"], "--steps is no option of training relay-seg"),
     ],
@@ -532,6 +532,54 @@ def test_a_server_is_started_for_a_model(data, tiny_llava, capsys):
 def test_a_mistake_in_training_is_named(data, flags, problem):
     with pytest.raises(UsageError, match=problem):
         train_command.run_train([str(data), *flags])
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """What training of relay-seg-tiny would be done by, instead of doing it."""
+    begun = []
+    monkeypatch.setattr(train_command.embedded_model, "prepare", lambda name: tmp_path)
+    monkeypatch.setattr(train_command.embedded_model, "prepare_encoder", lambda folder: tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def train_relay_seg(recipe, photos):
+        begun.append(recipe)
+        return recipe.output / "model"
+
+    monkeypatch.setattr("relay_models.recipes.text4seg.relay_seg_recipe.train_relay_seg", train_relay_seg)
+    return begun
+
+
+@pytest.mark.parametrize(
+    ("flags", "start", "sees_anew"),
+    [
+        ([], train_command.embedded_model.WEIGHTS, False),
+        (["--start", "my.safetensors"], Path("my.safetensors"), False),
+        (["--anew", "seeing"], train_command.embedded_model.WEIGHTS, True),
+        (["--anew", "seeing", "--start", "my.safetensors"], Path("my.safetensors"), True),
+        (["--anew", "everything"], None, False),
+    ],
+)
+def test_training_begins_from_what_was_trained_unless_it_is_to_begin_anew(
+    data, tmp_path, recipes, flags, start, sees_anew
+):
+    words = [str(data), "--model", "relay-seg-tiny", "--output", str(tmp_path / "run"), *flags]
+    assert train_command.run_train(words) == 0
+    (recipe,) = recipes
+    assert (recipe.start, recipe.sees_anew) == (start, sees_anew)
+    assert recipe.warmup.minutes > 0
+    # A model that cannot read maps yet is led first; one that can is not, and its rates do not undo what it knows.
+    assert (recipe.training.reading_share > 0) == (start is None)
+    assert (recipe.training.lora_rate < 1e-3) == (start is not None)
+
+
+def test_what_is_given_counts_whatever_training_begins_from(data, tmp_path, recipes):
+    words = [str(data), "--model", "relay-seg-tiny", "--output", str(tmp_path / "run")]
+    words += ["--minutes", "3", "--learning-rate", "0.002", "--warmup-minutes", "4", "--variants", "2"]
+    assert train_command.run_train(words) == 0
+    (recipe,) = recipes
+    assert (recipe.training.minutes, recipe.training.lora_rate) == (3.0, 0.002)
+    assert (recipe.warmup.minutes, recipe.variants) == (4.0, 2)
 
 
 def test_a_seed_that_cannot_be_is_named_for_relay_seg_tiny_too(data, tmp_path, monkeypatch):

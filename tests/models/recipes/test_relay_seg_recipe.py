@@ -72,7 +72,7 @@ def test_photos_of_two_folders_or_none_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["start", "photos", "pixels", "variants", "rank", "alpha", "seed", "minutes", "warmup"]
+    "name", ["start", "sees_anew", "photos", "pixels", "variants", "rank", "alpha", "seed", "minutes", "warmup"]
 )
 def test_a_run_of_something_else_is_not_gone_on_with(tmp_path: Path, name: str) -> None:
     """Its checkpoints would come out as this one's result."""
@@ -82,13 +82,16 @@ def test_a_run_of_something_else_is_not_gone_on_with(tmp_path: Path, name: str) 
     recipe = RelaySegRecipe(tmp_path / "run", tmp_path, tmp_path)
     recipe.output.mkdir()
     for processes in (1, 2):
-        _check_run(replace(recipe, training=replace(recipe.training, processes=processes)), photos)
+        begun = replace(recipe, start=start) if name == "sees_anew" else recipe
+        _check_run(replace(begun, training=replace(recipe.training, processes=processes)), photos)
     if name == "photos":
         photos = photos[1:]
     elif name == "pixels":
         Image.new("RGB", (90, 60), "blue").save(photos[0].path)
     elif name == "start":
         recipe = replace(recipe, start=start)
+    elif name == "sees_anew":
+        recipe = replace(recipe, start=start, sees_anew=True)
     elif name == "variants":
         recipe = replace(recipe, variants=3)
     elif name == "warmup":

@@ -41,7 +41,7 @@ from relay_models.recipes.text4seg.training import (
 )
 from relay_models.recipes.text4seg.warmup import WarmupOptions, cell_losses, presence_loss, warm_up
 from relay_models.relay_seg.activated_lora import add_lora
-from relay_models.relay_seg.assemble import read_trained
+from relay_models.relay_seg.assemble import read_trained, save_trained
 from relay_models.relay_seg.configuration import IMAGE_TOKEN_ID
 from relay_models.relay_seg.projector import Projector, ProjectorSizes, row_runs
 from relay_models.text4seg.families.relay_seg import CONVERSATION, IMAGE_TOKEN
@@ -403,7 +403,7 @@ OPTIONS = TrainingOptions(
 )
 
 
-def trainer(tokenizer, options: TrainingOptions = OPTIONS) -> _Trainer:
+def trainer(tokenizer, options: TrainingOptions = OPTIONS, classes: tuple[str, ...] = CLASSES) -> _Trainer:
     config = replace_layers(tiny_config(len(tokenizer)), 20)
     torch.manual_seed(0)
     tensors = {
@@ -416,11 +416,11 @@ def trainer(tokenizer, options: TrainingOptions = OPTIONS) -> _Trainer:
         width=16,
         num_layers=1,
         num_heads=2,
-        num_classes=2,
+        num_classes=len(classes),
         out_width=config.hidden_size,
         present_above=0.2,
     )
-    model = Model(Projector(sizes, dropout=0.1), torch.nn.Linear(16, 4), llama, CLASSES)
+    model = Model(Projector(sizes, dropout=0.1), torch.nn.Linear(16, 4), llama, classes)
     rng = np.random.default_rng(0)
     photos = tuple(a_photo(f"{number}.png") for number in range(3))
     features = rng.normal(size=(3, 5, GRID, GRID)).astype(np.float16)
@@ -638,11 +638,59 @@ def test_training_goes_on_from_the_small_file(tokenizer, tmp_path: Path) -> None
     other = trainer(tokenizer, replace(OPTIONS, rank=3))
     with pytest.raises(CheckpointError, match=r"lora_A\.weight in .* has rank 2, expected 3"):
         load_trained(other.model, file, other.options)
-    second.model.classes = ("square", "circle")
-    with pytest.raises(
-        CheckpointError, match=r"with the classes \['circle', 'square'\], not with \['square', 'circle'\]"
-    ):
-        load_trained(second.model, file, OPTIONS)
+
+
+CLASSES_NOW = ("circle", "hexagon", "star", "triangle")  # one of the file's two, in another place
+
+
+def trained_file(tokenizer, folder: Path) -> Path:
+    made = trainer(tokenizer)
+    made.step(0, 0.0)
+    with torch.no_grad():
+        for tensor in made.model.projector.state_dict().values():
+            tensor.normal_()
+    made.save(folder / "checkpoint.pt", 1, 3.0)
+    export(folder / "checkpoint.pt", folder / "small.safetensors")
+    return folder / "small.safetensors"
+
+
+@pytest.mark.parametrize("sees_anew", [False, True])
+def test_classes_are_matched_by_name(tokenizer, tmp_path: Path, sees_anew: bool) -> None:
+    file = trained_file(tokenizer, tmp_path)
+    _, stored = read_trained(file)
+    now = trainer(tokenizer, classes=CLASSES_NOW).model
+    with torch.no_grad():
+        now.projector.codebook_KD.normal_()
+    before = {name: tensor.clone() for name, tensor in now.projector.state_dict().items()}
+    load_trained(now, file, OPTIONS, sees_anew=sees_anew)
+    after = now.projector.state_dict()
+    for name, half in now.llama.named_halves().items():
+        assert torch.equal(half, stored[name].float()), name
+    of_tokens = {"codebook_KD", "rows_GD", "columns_GD", "lengths_GD", "orders_GD", "gap_D", "unused_D"}
+    of_classes = {"codebook_KD", "classify.weight", "classify.bias"}
+    for name, tensor in after.items():
+        of_file = stored[f"projector.{name}"].float()
+        if sees_anew and name not in of_tokens:
+            assert torch.equal(tensor, before[name]), name
+        elif name in of_classes:  # of the file: 0 for what has no name, 1 the circle, 2 the square
+            assert torch.equal(tensor[:2], of_file[:2]), name
+            if name != "codebook_KD":
+                assert torch.equal(tensor[2:], before[name][2:]), name
+        else:
+            assert torch.equal(tensor, of_file), name
+    new_MD, file_KD = after["codebook_KD"][2:], stored["projector.codebook_KD"].float()
+    torch.testing.assert_close(new_MD.norm(dim=1), before["codebook_KD"][2:].norm(dim=1))
+    shared = F.normalize(new_MD, dim=1) @ F.normalize(file_KD, dim=1).T
+    assert shared.abs().max() < 1e-5
+    assert (F.cosine_similarity(new_MD, before["codebook_KD"][2:]) > 0.5).all()
+
+
+def test_a_file_that_names_no_classes_is_refused(tokenizer, tmp_path: Path) -> None:
+    file = trained_file(tokenizer, tmp_path)
+    settings, tensors = read_trained(file)
+    save_trained(tmp_path / "other.safetensors", tensors, lora_alpha=settings["lora_alpha"])
+    with pytest.raises(CheckpointError, match="does not say of which classes it is: classes is None"):
+        load_trained(trainer(tokenizer).model, tmp_path / "other.safetensors", OPTIONS)
 
 
 def test_the_small_file_holds_what_was_trained(tokenizer, tmp_path: Path) -> None:

@@ -66,8 +66,9 @@ class RelaySegRecipe:
         output: folder of the run.
         base: folder of SmolLM2-135M-Instruct, as `vllm-relay` prepares it.
         encoder: the checkpoint of EfficientNet-Lite0, see `relay_seg.encoder`.
-        start: what an earlier run with the same classes trained, to go on from: no warm-up then, and answers from the
-            first step on. None begins anew.
+        start: what an earlier run trained, with these or other classes, to begin from. None begins from nothing.
+        sees_anew: of ``start`` only how maps are read is taken over; how pictures are seen is learnt from ``photos``
+            alone.
         variants: copies of the photos, all but the first changed.
         augmentation: how they are changed.
         warmup: of the projector.
@@ -78,6 +79,7 @@ class RelaySegRecipe:
     base: Path
     encoder: Path
     start: Path | None = None
+    sees_anew: bool = False
     variants: int = 5
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(crop=0.6, copy_paste=0.25, mosaic=0.3))
     warmup: WarmupOptions = field(default_factory=WarmupOptions)
@@ -86,6 +88,17 @@ class RelaySegRecipe:
     def __post_init__(self) -> None:
         if self.variants < 1:
             raise RelayModelsError(f"variants must be at least 1, got {self.variants}")
+        if self.sees_anew and self.start is None:
+            raise RelayModelsError("sees_anew is about a start, and there is none")
+
+
+def begun_from(recipe: RelaySegRecipe, start: Path, *, sees_anew: bool = False) -> RelaySegRecipe:
+    """The recipe for a language model that reads maps already: it answers from the first step on, and a little of what
+    it has to learn is enough."""
+    training = replace(
+        recipe.training, minutes=35.0, reading_share=0.0, readings_between=1, lora_rate=4e-4, projector_rate=1e-3
+    )
+    return replace(recipe, start=start, sees_anew=sees_anew, training=training)
 
 
 def on_gpu(recipe: RelaySegRecipe, cores: int) -> RelaySegRecipe:
@@ -104,16 +117,20 @@ def train_relay_seg(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> Path:
     """Train on ``photos`` and return the folder of the model.
 
     Raises:
-        CheckpointError: the base or the encoder is not the pinned one, or ``start`` was trained with other classes.
-        RelayModelsError: there are no photos, or they lie in several folders; the folder holds another run; a gradient
-            is no number any more.
+        CheckpointError: the base or the encoder is not the pinned one, or ``start`` is no such file, or of another rank
+            or alpha.
+        RelayModelsError: there are no photos, or they lie in several folders; the folder holds another run; there is no
+            warm-up, and ``start`` does not know all classes; a gradient is no number any more.
     """
     folders = {photo.folder for photo in photos}
     if len(folders) != 1:
         raise RelayModelsError(f"photos must be at least one, all below one folder, got {len(folders)} folders")
     check_base(recipe.base)
     if recipe.start is not None:
-        check_trained(recipe.start, class_names(photos), recipe.training)
+        known = check_trained(recipe.start, recipe.training)
+        unseen = sorted(set(class_names(photos)).difference(() if recipe.sees_anew else known))
+        if unseen and not recipe.warmup.minutes:
+            raise RelayModelsError(f"without a warm-up of the projector {', '.join(unseen)} would never be seen")
     recipe.output.mkdir(parents=True, exist_ok=True)
     _check_run(recipe, photos)
     cache = _cached_features(recipe, photos)
@@ -154,7 +171,14 @@ def _run_of(recipe: RelaySegRecipe, photos: Sequence[Photo]) -> dict[str, Any]:
     warmup = {f"warmup_{name}": value for name, value in asdict(recipe.warmup).items() if name not in _FREE_OPTIONS}
     start = None if recipe.start is None else hashlib.sha256(recipe.start.read_bytes()).hexdigest()
     key = cache_key(photos, ENCODER_SHA256, recipe.training.seed, recipe.augmentation)
-    run = {"photos": key, "start": start, "variants": recipe.variants, **training, **warmup}
+    run = {
+        "photos": key,
+        "start": start,
+        "sees_anew": recipe.sees_anew,
+        "variants": recipe.variants,
+        **training,
+        **warmup,
+    }
     return json.loads(json.dumps(run))  # type: ignore[no-any-return]
 
 
@@ -220,9 +244,8 @@ def _train_process(rank: int, world: int, recipe: RelaySegRecipe, cache: Path, i
     weights_N = photo_weights(variants[0].photos)
     training = recipe.training
     if recipe.start is not None:
-        load_trained(model, recipe.start, training)
-        training = replace(training, reading_share=0.0)
-    elif rank == 0:
+        load_trained(model, recipe.start, training, sees_anew=recipe.sees_anew)
+    if rank == 0:
         model.projector.to(training.device)
         model.shape_head.to(training.device)
         warm_up(recipe.warmup, model, variants, weights_N, recipe.output / _PROJECTOR)

@@ -57,6 +57,8 @@ from relay_models.relay_seg.projector import Projector, ProjectorSizes, Runs, ro
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
+_PROJECTOR = "projector."
+_OF_CLASSES = frozenset(f"{_PROJECTOR}{name}" for name in ("codebook_KD", "classify.weight", "classify.bias"))
 # The first layer of SmolLM2 adds forty times what an embedding holds: tokens as large as that stay legible above it. It
 # does not change what that layer itself computes, which is of normalised tokens.
 TOKEN_SCALE = 20.0
@@ -569,42 +571,74 @@ def new_model(
     return Model(projector, nn.Linear(sizes.width, 4), llama, tuple(classes))
 
 
-def check_trained(file: Path, classes: Sequence[str], options: TrainingOptions) -> None:
-    """Raises CheckpointError unless ``file`` is what `export` wrote of a run with these classes, rank and alpha."""
+def check_trained(file: Path, options: TrainingOptions) -> tuple[str, ...]:
+    """The classes of what `export` wrote.
+
+    Raises CheckpointError where ``file`` is something else, or the LoRA in it has another rank or alpha.
+    """
     from safetensors import safe_open
 
     settings, tensors = read_trained(file)
     with safe_open(file, framework="pt") as stored:
-        found = json.loads((stored.metadata() or {}).get(TRAINING_KEY, "{}")).get("classes")
-    if found != list(classes):
-        raise CheckpointError(f"{file} was trained with the classes {found}, not with {list(classes)}")
+        classes = json.loads((stored.metadata() or {}).get(TRAINING_KEY, "{}")).get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{file} does not say of which classes it is: classes is {classes!r}")
     if settings[ALPHA] != options.alpha:
         raise CheckpointError(f"{ALPHA} of {file} is {settings[ALPHA]}, expected {options.alpha}")
     for name, tensor in tensors.items():
         if name.endswith(".lora_A.weight") and len(tensor) != options.rank:
             raise CheckpointError(f"{name} in {file} has rank {len(tensor)}, expected {options.rank}")
+    return tuple(classes)
 
 
-def load_trained(model: Model, file: Path, options: TrainingOptions) -> None:
-    """Put what a run trained (`export`) into ``model``, so that training goes on from there.
+def load_trained(model: Model, file: Path, options: TrainingOptions, *, sees_anew: bool = False) -> None:
+    """Put what a run trained (`export`) into ``model``, so that training goes on from there, with these or other
+    classes.
 
-    The head for the shapes of objects, which is not in the file, stays as it is.
+    How maps are read, which is the LoRA and what tokens are made of, is the same skill whatever they show; how cells
+    are seen is taken over as well, unless ``sees_anew``. Classes are matched by their names. Of one that the file does
+    not know, the vector stays as `new_model` made it, turned until it is at right angles to those of the file; how it
+    is seen is still to be trained. The head for the shapes of objects, which is not in the file, stays as it is.
 
     Raises:
         CheckpointError: as `check_trained`, or a tensor is missing, of no use, or of another shape.
     """
-    check_trained(file, model.classes, options)
+    known = ("", *check_trained(file, options))  # 0: whatever has no name
     _, tensors = read_trained(file)
-    targets = {f"projector.{name}": tensor for name, tensor in model.projector.state_dict().items()}
+    targets = {f"{_PROJECTOR}{name}": tensor for name, tensor in model.projector.state_dict().items()}
     targets |= model.llama.named_halves()
     for name in sorted(targets.keys() ^ tensors.keys()):
         raise CheckpointError(f"{name} is {'missing from' if name in targets else 'of no use here, but in'} {file}")
+    rows = [(row, known.index(name)) for row, name in enumerate(("", *model.classes)) if name in known]
+    ours, theirs = (list(places) for places in zip(*rows, strict=True))
+    of_tokens = {id(parameter) for parameter in model.projector.of_tokens()}
+    reading = {f"{_PROJECTOR}{name}" for name, tensor in model.projector.named_parameters() if id(tensor) in of_tokens}
     with torch.no_grad():
         for name, target in targets.items():
-            if tensors[name].shape != target.shape:
-                shapes = f"{list(tensors[name].shape)}, expected {list(target.shape)}"
-                raise CheckpointError(f"{name} in {file} has shape {shapes}")
-            target.copy_(tensors[name])
+            tensor, is_of_classes = tensors[name], name in _OF_CLASSES
+            expected = [len(known), *target.shape[1:]] if is_of_classes else list(target.shape)
+            if list(tensor.shape) != expected:
+                raise CheckpointError(f"{name} in {file} has shape {list(tensor.shape)}, expected {expected}")
+            if sees_anew and name.startswith(_PROJECTOR) and name not in reading:
+                continue
+            if is_of_classes:
+                target[ours] = tensor[theirs].to(target.dtype)
+            else:
+                target.copy_(tensor)
+        is_new_K = torch.ones(len(model.classes) + 1, dtype=torch.bool)
+        is_new_K[ours] = False
+        codebook_KD = model.projector.codebook_KD
+        taken_KD = tensors[f"{_PROJECTOR}codebook_KD"].float()
+        codebook_KD[is_new_K] = _apart_from(taken_KD, codebook_KD[is_new_K])
+
+
+def _apart_from(taken_KD: Tensor, new_MD: Tensor) -> Tensor:
+    """``new_MD`` without what is in the span of ``taken_KD``, each as long as before."""
+    basis_KD = torch.linalg.qr(taken_KD.T).Q.T
+    if len(basis_KD) == taken_KD.shape[1]:
+        return new_MD  # all of the space is taken
+    rest_MD = new_MD - new_MD @ basis_KD.T @ basis_KD
+    return F.normalize(rest_MD, dim=1) * new_MD.norm(dim=1, keepdim=True)
 
 
 def export(checkpoint: Path, target: Path) -> None:
@@ -614,7 +648,7 @@ def export(checkpoint: Path, target: Path) -> None:
     """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     options = json.loads(state["options"])
-    tensors = {f"projector.{name}": tensor for name, tensor in state["projector"].items()} | state["halves"]
+    tensors = {f"{_PROJECTOR}{name}": tensor for name, tensor in state["projector"].items()} | state["halves"]
     training = {
         "base_sha256": BASE_SHA256,
         "encoder_sha256": ENCODER_SHA256,
