@@ -28,25 +28,31 @@ WARP_SIZE = 32
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
+FLAGS = ("HAS_WINDOW", "HAS_SOFT_CAP", "HAS_FP8_CACHE")
+
+
 def compile_kernel(
     kernel: Any, dtype: torch.dtype, constants: dict[str, Any], capability: int, **options: int
 ) -> dict[str, Any]:
     """Sizes of the machine code and of the shared memory of one kernel."""
+    cache = "fp8e4nv" if constants.get("HAS_FP8_CACHE") else NAMES[dtype]
 
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("p_query", "p_key", "p_value", "p_out"):
+        if name in ("p_key", "p_value"):
+            return f"*{cache}"
+        if name in ("p_query", "p_out"):
             return f"*{NAMES[dtype]}"
-        if name.startswith(("p_partial", "p_lse")):
+        if name.startswith(("p_partial", "p_lse", "p_sinks")):
             return "*fp32"
         if name == "p_sums":
             return "*i64"
         if name.startswith("p_"):
             return "*i32"
-        if name.startswith(("num_", "most_", "width", "depth")):
+        if name.startswith(("num_", "most_", "width", "depth", "window")):
             return "i32"
-        return "fp32" if name == "scale_log2" else "i64"
+        return "fp32" if name in ("scale", "soft_cap", "value_scale") else "i64"
 
     signature = {name: type_of(name) for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
@@ -59,8 +65,12 @@ def main(dtype_name: str, head_size: int, capability: int) -> None:
     dtype = {name: dtype for dtype, name in NAMES.items()}[dtype_name]
     tiles = default_tiles(head_size, dtype)
     head = {"HEAD_SIZE": head_size, "PADDED_HEAD_SIZE": triton.next_power_of_2(head_size)}
+    # 8-bit numbers of four exponent bits are known to GPUs from 8.9 on.
+    variants = {"": dict.fromkeys(FLAGS, False), ", all features": {name: True for name in FLAGS}}
+    if capability < 89:
+        variants[", all features"]["HAS_FP8_CACHE"] = False
     report = {
-        f"attend {size}": compile_kernel(
+        f"attend {size}{named}": compile_kernel(
             attend_kernel,
             dtype,
             {
@@ -70,14 +80,16 @@ def main(dtype_name: str, head_size: int, capability: int) -> None:
                 "CACHE_BLOCK_SIZE": 16,
                 "TILE_ROWS": tile.rows,
                 "TILE_KEYS": tile.keys,
+                **flags,
             },
             capability,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
         for size, tile in (("small", tiles.small), ("large", tiles.large))
+        for named, flags in variants.items()
     }
-    merge_constants = {**head, "NUM_HEADS": 24, "TILE_HEADS": HEADS_PER_MERGE, "WANTS_LSE": True}
+    merge_constants = {**head, "NUM_HEADS": 24, "TILE_HEADS": HEADS_PER_MERGE, "WANTS_LSE": True, "HAS_SINKS": True}
     report["merge"] = compile_kernel(merge_kernel, dtype, merge_constants, capability, num_warps=4)
     print(json.dumps(report))
 

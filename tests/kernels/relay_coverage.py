@@ -108,10 +108,13 @@ def coverage_faults(step: Step, work_list: WorkList, query_starts: Sequence[int]
     same_keys: dict[tuple[int, int, int, int], bool] = {}
     for token in range(work_list.num_tokens):
         slots = work_list.token_slots[work_list.token_slot_start[token] : work_list.token_slot_start[token + 1]]
+        row, i = row_of_token.get(token, (0, 0))
+        end = step.seq_lens[row] - step.query_lens[row] + i + 1 if token in row_of_token else 0
+        if work_list.token_key_end[token] != end:
+            faults.append(f"token {token}: token_key_end is {work_list.token_key_end[token]}, not {end}")
         if token not in row_of_token:
             faults += [f"token {token} belongs to nobody and has slots"] if len(slots) else []
             continue
-        row, i = row_of_token[token]
         next_key = 0
         for slot in slots.tolist():
             reader, key_start, _, _, _ = work_list.segments[segment_of_slot[slot]].tolist()
@@ -124,7 +127,7 @@ def coverage_faults(step: Step, work_list: WorkList, query_starts: Sequence[int]
                 same_keys[read] = _lie_in_the_same_place(step, *read)
             if not same_keys[read]:
                 faults.append(f"row {row}, token {i}: keys [{key_start}, {key_end}) read from row {reader}")
-        if next_key != step.seq_lens[row] - step.query_lens[row] + i + 1:
+        if next_key != end:
             faults.append(f"row {row}, token {i}: sees keys up to {next_key}")
     missing = [token for token in row_of_token if token >= work_list.num_tokens]
     return faults + [f"token {token} is not in the work list" for token in missing]

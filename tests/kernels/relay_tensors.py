@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +26,14 @@ class Problem:
     block_table: Tensor
     scale: float
 
-    def reference(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    def reference(self, dtype: torch.dtype = torch.float64, **features: Any) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of plain attention in ``dtype``, on the CPU and as float64."""
         query, key, value = (x.cpu().to(dtype) for x in (self.query, self.key_cache, self.value_cache))
         num_tokens = sum(self.step.query_lens)
         table, query_lens, seq_lens = self.block_table.cpu(), self.step.query_lens, self.step.seq_lens
-        out, lse = paged_attention_reference(query[:num_tokens], key, value, table, query_lens, seq_lens, self.scale)
+        out, lse = paged_attention_reference(
+            query[:num_tokens], key, value, table, query_lens, seq_lens, self.scale, **features
+        )
         return out.double(), lse.double()
 
 

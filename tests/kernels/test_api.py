@@ -89,7 +89,9 @@ def test_layouts_that_an_implementation_cannot_read_are_refused(
         relay_attention(**_arguments(problem), implementation=implementation, layout=layout)
 
 
-LONG_WORK_LIST = WorkList(*(np.array(array, dtype=np.int32) for array in (np.zeros((0, 5)), [], [], np.zeros(10), [])))
+LONG_WORK_LIST = WorkList(
+    *(np.array(array, dtype=np.int32) for array in (np.zeros((0, 5)), [], [], np.zeros(10), [], np.zeros(9)))
+)
 
 
 @pytest.mark.parametrize(

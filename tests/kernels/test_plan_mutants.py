@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_a_lowering_that_forgets_causality_is_noticed(monkeypatch: pytest.Monkey
     def blind(*args: object, **kwargs: object) -> work_list.WorkList:
         honest = lowered(*args, **kwargs)  # type: ignore[arg-type]
         ends = np.repeat(honest.segments[:, 2], honest.segments[:, 4] - honest.segments[:, 3])
-        return work_list.WorkList(honest.segments, honest.slot_token, ends, honest.token_slot_start, honest.token_slots)
+        return replace(honest, slot_key_end=ends)
 
     monkeypatch.setattr("relay_coverage.make_work_list", blind)
     assert _is_faulty(step)

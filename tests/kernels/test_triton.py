@@ -21,7 +21,9 @@ triton = pytest.importorskip("triton")
 
 from relay_kernels.relay_attention import triton_relay  # noqa: E402  (imports triton)
 from relay_kernels.relay_attention.triton_relay import (  # noqa: E402
+    FP8_DTYPES,
     Capacity,
+    LayerFeatures,
     Tile,
     Tiles,
     TritonWorkspace,
@@ -56,7 +58,7 @@ def _work_list(problem: Problem, max_keys: int | None = None, cost_model: CostMo
 
 
 def _run(
-    problem: Problem, work: WorkList | TritonWorkspace, out: torch.Tensor | None = None
+    problem: Problem, work: WorkList | TritonWorkspace, out: torch.Tensor | None = None, **features: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lse = torch.empty(problem.query.shape[:2], dtype=torch.float32, device=problem.query.device)
     out = relay_attention_triton(
@@ -66,16 +68,18 @@ def _run(
         problem.block_table,
         work,
         scale=problem.scale,
+        features=LayerFeatures(**features),
         out=out,
         lse=lse,
     )
     return out.cpu().double(), lse.cpu().double()
 
 
-def _assert_right(problem: Problem, actual: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _assert_right(problem: Problem, actual: tuple[torch.Tensor, torch.Tensor], **features: Any) -> None:
     """Output and log-sum-exp within budget, and nothing at all for padding tokens."""
     num_tokens = sum(problem.step.query_lens)
-    for result, plain, exact in zip(actual, problem.reference(problem.query.dtype), problem.reference(), strict=True):
+    plainly, exactly = (problem.reference(dtype, **features) for dtype in (problem.query.dtype, torch.float64))
+    for result, plain, exact in zip(actual, plainly, exactly, strict=True):
         assert_within_budget(result[:num_tokens], plain, exact)
     assert torch.equal(actual[0][num_tokens:], torch.zeros_like(actual[0][num_tokens:]))
     assert torch.isneginf(actual[1][num_tokens:]).all()
@@ -107,6 +111,68 @@ def test_head_sizes_and_groups(
         device=triton_device,
     )
     _assert_right(problem, _run(problem, _work_list(problem)))
+
+
+FEATURES = {
+    "window of two": {"window": 2},
+    "window inside a block": {"window": 5},
+    "window across blocks": {"window": 35},
+    "window larger than all": {"window": 1000},
+    "soft cap": {"soft_cap": 1.5},
+    "sinks": {"sinks_N": [0.5, -3.0, 2.0, float("-inf"), 9.0, 0.0]},
+    "all": {"window": 21, "soft_cap": 2.0, "sinks_N": [0.5, -3.0, 2.0, float("-inf"), 9.0, 0.0]},
+}
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("name", ["one prefix", "nested", "prefill, speculation and decodes", "padding rows"])
+def test_what_a_layer_does_beyond_plain_attention(name: str, features: str, triton_device: torch.device) -> None:
+    problem = make_problem(
+        STEPS[name],
+        num_heads=6,
+        num_kv_heads=2,
+        head_size=32,
+        dtype=torch.float32,
+        device=triton_device,
+        num_padding_tokens=1,
+    )
+    chosen: dict[str, Any] = dict(FEATURES[features])
+    if "sinks_N" in chosen:
+        chosen["sinks_N"] = torch.tensor(chosen["sinks_N"], device=triton_device)
+    actual = _run(problem, _work_list(problem, max_keys=32), **chosen)
+    of_reference = chosen | ({"sinks_N": chosen["sinks_N"].cpu()} if "sinks_N" in chosen else {})
+    _assert_right(problem, actual, **of_reference)
+
+
+@pytest.mark.parametrize("cache_dtype", FP8_DTYPES, ids=["e4m3", "e5m2"])
+def test_a_cache_of_eight_bits(cache_dtype: torch.dtype, triton_device: torch.device) -> None:
+    """Exactly the values that its numbers stand for, times the scales: against a cache that holds those."""
+    problem = make_problem(
+        STEPS["nested"], num_heads=6, num_kv_heads=2, head_size=32, dtype=torch.float16, device=triton_device
+    )
+    key_scale, value_scale = 0.25, 2.0  # exact in every format
+    small = [(cache.float() / 8).to(cache_dtype) for cache in (problem.key_cache, problem.value_cache)]
+    scales = (key_scale, value_scale)
+    meant = [(cache.float() * scale).to(torch.float16) for cache, scale in zip(small, scales, strict=True)]
+    step, query, table = problem.step, problem.query, problem.block_table
+    stored = Problem(step, query, small[0], small[1], table, problem.scale)
+    plain = Problem(step, query, meant[0], meant[1], table, problem.scale)
+    actual = _run(stored, _work_list(problem, max_keys=32), key_scale=key_scale, value_scale=value_scale)
+    _assert_right(plain, actual)
+
+
+def test_features_that_cannot_be_are_refused(triton_device: torch.device) -> None:
+    for name, value in (("window", 0), ("soft_cap", -1.0), ("soft_cap", float("nan")), ("key_scale", 0.0)):
+        with pytest.raises(ValueError, match=f"{name} must be .* got"):
+            LayerFeatures(**{name: value})
+    problem = make_problem(
+        STEPS["one decode"], num_heads=6, num_kv_heads=2, head_size=32, dtype=torch.float32, device=triton_device
+    )
+    with pytest.raises(ValueError, match=r"those of an 8-bit cache, got 0\.5 and 1\.0 with a cache of torch\.float32"):
+        _run(problem, _work_list(problem), key_scale=0.5)
+    for sinks in (torch.zeros(5, device=triton_device), torch.zeros(6, device=triton_device, dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"sinks_N must be a float32 tensor of shape \(6,\)"):
+            _run(problem, _work_list(problem), sinks_N=sinks)
 
 
 @pytest.mark.gpu
@@ -186,7 +252,10 @@ def test_a_work_list_without_suffixes_and_a_token_that_sees_nothing(triton_devic
         device=triton_device,
     )
     work_list = WorkList(
-        *(np.array(array, dtype=np.int32) for array in ([[0, 0, 16, 0, 2]], [0, 2], [16, 16], [0, 1, 1, 2], [0, 1]))
+        *(
+            np.array(array, dtype=np.int32)
+            for array in ([[0, 0, 16, 0, 2]], [0, 2], [16, 16], [0, 1, 1, 2], [0, 1], [16, 0, 16])
+        )
     )
     out, lse = _run(problem, work_list)
     block = int(problem.block_table[0, 0])

@@ -110,6 +110,7 @@ def assert_equal(found: TritonWorkspace, expected: WorkList) -> None:
         "slot_key_end": expected.num_slots,
         "token_slot_start": found.capacity.tokens + 1,
         "token_slots": expected.num_slots,
+        "token_key_end": found.capacity.tokens,
     }
     counts = [int(loaded.small_count), int(loaded.large_count)]
     assert [int(found.small_count), int(found.large_count)] == counts

@@ -147,8 +147,8 @@ class DevicePlanner:
         _launch(
             lower_kernel, (1,), query_start, seq_lens, self._groups, self._sums, self._rows, self._nodes,
             self._segments, self._members, self._pieces, work.segments, work.slot_token, work.slot_key_end,
-            work.token_slot_start, work.token_slots, work.small_tiles, work.large_tiles, work.small_count,
-            work.large_count, rows, work.capacity.segments, work.capacity.slots, work.capacity.tokens,
+            work.token_slot_start, work.token_slots, work.token_key_end, work.small_tiles, work.large_tiles,
+            work.small_count, work.large_count, rows, work.capacity.segments, work.capacity.slots, work.capacity.tokens,
             KEY_READ=costs.key_read, ROW_KEY=costs.row_key, SEGMENT=costs.segment, MERGE=costs.merge,
             MIN_KEYS=costs.min_keys, MAX_BLOCKS=max(self.max_keys_per_segment // self.block_size, 1),
             BLOCK_SIZE=self.block_size, **sizes, NODE_STEPS=(2 * self.padded_rows).bit_length(),
@@ -325,6 +325,7 @@ def lower_kernel(  # type: ignore[no-untyped-def]
     p_slot_key_end,
     p_token_slot_start,
     p_token_slots,
+    p_token_key_end,
     p_small_tiles,
     p_large_tiles,
     p_num_small,
@@ -579,6 +580,8 @@ def lower_kernel(  # type: ignore[no-untyped-def]
         count = tl.where(m_token & (blocks > 0), count, 0)
         place = num_told + tl.cumsum(count, axis=0) - count
         tl.store(p_token_slot_start + token, place, mask=token < most_tokens)
+        is_told = m_token & (in_row < length) & (keys > 0)
+        tl.store(p_token_key_end + token, tl.where(is_told, last_key + 1, 0), mask=token < most_tokens)
         num_told += tl.sum(count, axis=0)
     tl.store(p_token_slot_start + most_tokens, num_told)
     tl.debug_barrier()

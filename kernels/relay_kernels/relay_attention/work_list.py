@@ -39,6 +39,8 @@ class WorkList:
         token_slot_start: [T + 1], CSR offsets into ``token_slots``.
         token_slots: [P], for each token its slots in ascending key order. A token without slots (padding, or an
             empty sequence) gets an output of zeros and a log-sum-exp of -inf.
+        token_key_end: [T], how many keys of its request each token sees, itself the last; 0 for padding. Layers with a
+            sliding window count back from there.
     """
 
     segments: Int32Array
@@ -46,6 +48,7 @@ class WorkList:
     slot_key_end: Int32Array
     token_slot_start: Int32Array
     token_slots: Int32Array
+    token_key_end: Int32Array
 
     @property
     def num_slots(self) -> int:
@@ -108,6 +111,9 @@ def make_work_list(
     slot_end_P = np.cumsum(np.bincount(piece, minlength=len(key_start_P)))
     slot_begin_P = np.concatenate(([0], slot_end_P[:-1]))[: len(slot_end_P)]
     token_slot_end = np.cumsum(np.bincount(slot_token, minlength=num_tokens))
+    owner, place = expand(query_lens_R[own_rows])
+    token_key_end = np.zeros(num_tokens, dtype=np.int64)
+    token_key_end[query_start_R[own_rows][owner] + place] = computed_R[own_rows][owner] + place + 1
     return WorkList(
         segments=_int32(np.stack((rows[first_row_S[segment_P]], key_start_P, key_end_P, slot_begin_P, slot_end_P), 1)),
         slot_token=_int32(slot_token),
@@ -115,6 +121,7 @@ def make_work_list(
         token_slot_start=_int32(np.concatenate(([0], token_slot_end))),
         # Every token's slots stand in ascending key order already, so a stable sort by token keeps them so.
         token_slots=_int32(slot_token.argsort(kind="stable")),
+        token_key_end=_int32(token_key_end),
     )
 
 
