@@ -23,7 +23,15 @@ from typing import Any, NoReturn
 from relay_models.text4seg.profiles import is_trained
 from relay_serving import embedded_model, plugin_names, preflight, relay_flags, start_defaults
 from relay_serving.errors import RelayServingError, UsageError
-from relay_serving.settings import SEGMENTATION_AUTO, SEGMENTATION_OFF, VARIABLES, CpuKernel, RelaySettings
+from relay_serving.settings import (
+    GPU_KERNEL_CARRIER,
+    SEGMENTATION_AUTO,
+    SEGMENTATION_OFF,
+    VARIABLES,
+    CpuKernel,
+    GpuKernel,
+    RelaySettings,
+)
 from relay_serving.start_failure import in_one_line
 from relay_serving.vllm_plugin import register
 
@@ -154,7 +162,8 @@ def settle_relay(args: argparse.Namespace) -> RelaySettings:
     os.environ[plugin_names.VARIABLE] = plugin_names.plugins_value(
         os.environ.get(plugin_names.VARIABLE), settings.enabled, plugin_names.discovered_names()
     )
-    if settings.enabled and not was_on:
+    os.environ[GPU_KERNEL_CARRIER] = settings.gpu_kernel
+    if settings.enabled and (not was_on or settings.gpu_kernel != GpuKernel.OFF):
         register.register()  # vLLM loaded its plugins when it made its parser, and will not do so again here
     if settings.enabled and settings.cpu_kernel == CpuKernel.TRITON:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any worker exists

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from relay_serving.errors import SettingError
-from relay_serving.settings import VARIABLES, CpuKernel, RelaySettings
+from relay_serving.settings import VARIABLES, CpuKernel, GpuKernel, RelaySettings
 
 GROUP = "Relay"
 SWITCH_ON, SWITCH_OFF = "--relay", "--no-relay"
@@ -36,6 +36,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Implementation on CPU: C++ compiled on first use, PyTorch, or Triton's interpreter (for tests only). "
         f"VLLM_RELAY_CPU_KERNEL. Default: {defaults.cpu_kernel}, which is cpp where a compiler is found; where none "
         "is, relay does not engage and vLLM's own kernel serves.",
+    )
+    group.add_argument(
+        "--relay-gpu-kernel",
+        dest=f"{_DESTINATION}gpu_kernel",
+        metavar="{" + ",".join(GpuKernel) + "}",
+        default=None,
+        help="Implementation on an NVIDIA GPU, in the place of vLLM's FLASH_ATTN, FLASHINFER and TRITON_ATTN. No GPU "
+        f"has served with it yet. VLLM_RELAY_GPU_KERNEL. Default: {defaults.gpu_kernel}.",
     )
     group.add_argument(
         "--relay-min-shared-tokens",

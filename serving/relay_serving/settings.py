@@ -20,6 +20,8 @@ from relay_serving.errors import SettingError
 ADDITIONAL_CONFIG_KEY = "relay"
 ENVIRONMENT_PREFIX = "VLLM_RELAY_"
 KILL_SWITCH = "VLLM_RELAY"
+# Which backends are overridden is decided before `additional_config` is known, in processes that vLLM starts.
+GPU_KERNEL_CARRIER = "RELAY_GPU_KERNEL"
 SEGMENTATION_AUTO, SEGMENTATION_OFF = "auto", "off"
 REFINER_NONE, REFINER_MOBILE_SAM = "none", "mobile-sam"
 LARGEST_GRID = 64
@@ -34,6 +36,13 @@ class CpuKernel(StrEnum):
     TRITON = "triton"  # under Triton's interpreter: for tests, minutes per answer
 
 
+class GpuKernel(StrEnum):
+    """Which implementation runs the shared part and the suffix on an NVIDIA GPU."""
+
+    OFF = "off"  # vLLM's own kernels serve every layer
+    TRITON = "triton"  # Triton, with plans made on the GPU
+
+
 @dataclass(frozen=True)
 class RelaySettings:
     """What a person can choose about relay.
@@ -41,6 +50,7 @@ class RelaySettings:
     Attributes:
         enabled: the kill switch; when false nothing of ours is loaded and stock vLLM serves.
         cpu_kernel: see CpuKernel.
+        gpu_kernel: see GpuKernel. Off: tested under Triton's interpreter alone, no GPU has served with it yet.
         min_shared_tokens: share a prefix only from this many tokens; 0 leaves the decision to the cost model.
         log_plan: log the plan of each step, for debugging.
         segmentation: `auto`, `off`, or the cells a side of the descriptors that the served model writes.
@@ -52,6 +62,7 @@ class RelaySettings:
 
     enabled: bool = True
     cpu_kernel: CpuKernel = CpuKernel.AUTO
+    gpu_kernel: GpuKernel = GpuKernel.OFF
     min_shared_tokens: int = 0
     log_plan: bool = False
     segmentation: str = SEGMENTATION_AUTO
@@ -159,15 +170,24 @@ def _refiner(source: str, value: object) -> str:
 
 
 def _cpu_kernel(source: str, value: object) -> CpuKernel:
-    try:
-        return CpuKernel(str(value).strip().lower())
-    except ValueError:
-        raise SettingError(source, value, f"one of {', '.join(CpuKernel)}") from None
+    return CpuKernel(_one_of(CpuKernel, source, value))
+
+
+def _gpu_kernel(source: str, value: object) -> GpuKernel:
+    return GpuKernel(_one_of(GpuKernel, source, value))
+
+
+def _one_of(choices: type[StrEnum], source: str, value: object) -> str:
+    word = str(value).strip().lower()
+    if word not in list(choices):
+        raise SettingError(source, value, f"one of {', '.join(choices)}")
+    return word
 
 
 _PARSERS = {
     "enabled": _boolean,
     "cpu_kernel": _cpu_kernel,
+    "gpu_kernel": _gpu_kernel,
     "min_shared_tokens": _count,
     "log_plan": _boolean,
     "segmentation": _grid,

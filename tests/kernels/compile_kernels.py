@@ -66,7 +66,7 @@ def main(dtype_name: str, head_size: int, capability: int) -> None:
     tiles = default_tiles(head_size, dtype)
     head = {"HEAD_SIZE": head_size, "PADDED_HEAD_SIZE": triton.next_power_of_2(head_size)}
     # 8-bit numbers of four exponent bits are known to GPUs from 8.9 on.
-    variants = {"": dict.fromkeys(FLAGS, False), ", all features": {name: True for name in FLAGS}}
+    variants = {"": dict.fromkeys(FLAGS, False), ", all features": dict.fromkeys(FLAGS, True)}
     if capability < 89:
         variants[", all features"]["HAS_FP8_CACHE"] = False
     report = {

@@ -168,7 +168,7 @@ def settled(monkeypatch):
     """What the engine's process makes of flags, --additional-config and the environment."""
 
     def settle(*words, additional_config=None, **environment):
-        for name in ("VLLM_RELAY", "VLLM_RELAY_CPU_KERNEL", "TRITON_INTERPRET", "RELAY_RUN_ID"):
+        for name in ("VLLM_RELAY", "VLLM_RELAY_CPU_KERNEL", "TRITON_INTERPRET", "RELAY_RUN_ID", "RELAY_GPU_KERNEL"):
             monkeypatch.delenv(name, raising=False)
         for name, value in {"VLLM_PLUGINS": "mine,relay", **environment}.items():
             monkeypatch.setenv(name, value)
@@ -181,7 +181,18 @@ def settled(monkeypatch):
     registered = settle.registered = []
     monkeypatch.setenv("TRITON_INTERPRET", "")  # so that what `settle` leaves is taken back
     monkeypatch.setenv("RELAY_RUN_ID", "")
+    monkeypatch.setenv("RELAY_GPU_KERNEL", "")
     return settle
+
+
+def test_processes_to_come_know_which_kernel_a_gpu_has(settled):
+    settled(VLLM_RELAY_GPU_KERNEL="triton")
+    assert os.environ["RELAY_GPU_KERNEL"] == "triton"
+    assert "VLLM_RELAY_GPU_KERNEL" not in os.environ
+    assert settled.registered == [True]
+    settled(additional_config={"relay": {"gpu_kernel": "off"}}, VLLM_RELAY_GPU_KERNEL="triton")
+    assert os.environ["RELAY_GPU_KERNEL"] == "off"
+    assert settled.registered == [True]
 
 
 def test_additional_config_switches_relay_off_in_every_process_to_come(settled):

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay_serving.errors import SettingError
-from relay_serving.settings import VARIABLES, CpuKernel, RelaySettings, cache_folder
+from relay_serving.settings import VARIABLES, CpuKernel, GpuKernel, RelaySettings, cache_folder
 
 settings_values = st.builds(
     RelaySettings,
     enabled=st.booleans(),
     cpu_kernel=st.sampled_from(CpuKernel),
+    gpu_kernel=st.sampled_from(GpuKernel),
     min_shared_tokens=st.integers(0, 1 << 20),
     log_plan=st.booleans(),
 )
@@ -61,6 +62,7 @@ def test_the_environment_sets_every_field():
     environment = {
         "VLLM_RELAY": "0",
         "VLLM_RELAY_CPU_KERNEL": "torch",
+        "VLLM_RELAY_GPU_KERNEL": "triton",
         "VLLM_RELAY_MIN_SHARED_TOKENS": "256",
         "VLLM_RELAY_LOG_PLAN": "yes",
         "VLLM_RELAY_SEGMENTATION": "24",
@@ -70,7 +72,8 @@ def test_the_environment_sets_every_field():
         "VLLM_RELAY_REFINER_TIMEOUT": "5",
     }
     settings = RelaySettings.from_environment(environment)
-    assert settings == RelaySettings(False, CpuKernel.TORCH, 256, True, "24", 7, 32, "mobile-sam", 5)
+    kernels = (CpuKernel.TORCH, GpuKernel.TRITON)
+    assert settings == RelaySettings(False, *kernels, 256, True, "24", 7, 32, "mobile-sam", 5)
     assert len(environment) == len(dataclasses.fields(RelaySettings))
 
 
@@ -172,13 +175,12 @@ def test_the_plugins_switch_and_the_command_lines_are_one(monkeypatch):
 
 def test_a_plain_vllm_interprets_triton_where_our_variable_asks_for_it(monkeypatch):
     import os
-    import sys
-    from types import SimpleNamespace
+
+    from vllm import platforms
 
     from relay_serving.vllm_plugin.register import register
 
-    platform = SimpleNamespace(is_cpu=lambda: False, device_name="none")
-    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: False)
     monkeypatch.setenv("VLLM_PLUGINS", "relay")
     monkeypatch.setenv("RELAY_RUN_ID", "abc")
     monkeypatch.setenv("TRITON_INTERPRET", "")
@@ -187,3 +189,36 @@ def test_a_plain_vllm_interprets_triton_where_our_variable_asks_for_it(monkeypat
     monkeypatch.setenv("VLLM_RELAY_CPU_KERNEL", "triton")
     register()
     assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_ours"),
+    [
+        ({}, False),
+        ({"VLLM_RELAY_GPU_KERNEL": "triton"}, True),
+        ({"RELAY_GPU_KERNEL": "triton"}, True),  # a process that vLLM started: the flag won over the environment
+        ({"RELAY_GPU_KERNEL": "off", "VLLM_RELAY_GPU_KERNEL": "triton"}, False),
+    ],
+)
+def test_backends_of_a_gpu_are_ours_only_where_the_kernel_is_asked_for(monkeypatch, environment, is_ours):
+    """Each name that vLLM may choose leads to a class of ours; on this machine, all but one can be imported."""
+    from vllm import platforms
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from relay_serving.vllm_plugin import register
+
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(platforms.current_platform, "is_cuda", lambda: True)
+    for name in ("VLLM_RELAY_GPU_KERNEL", "RELAY_GPU_KERNEL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"VLLM_PLUGINS": "relay", "RELAY_RUN_ID": "abc", **environment}.items():
+        monkeypatch.setenv(name, value)
+    names = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
+    try:
+        register.register()
+        found = {name: AttentionBackendEnum[name].get_path() for name in names}
+    finally:
+        for name in names:
+            AttentionBackendEnum[name].clear_override()
+    assert [path.startswith("relay_serving.") for path in found.values()] == [is_ours] * 3
+    assert not AttentionBackendEnum.CPU_ATTN.is_overridden()

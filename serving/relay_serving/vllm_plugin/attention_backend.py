@@ -12,7 +12,6 @@ for tests) writes an unpacked one, which vLLM's kernel could not read: there, re
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
@@ -33,14 +31,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import (
-    AttentionSpec,
-    ChunkedLocalAttentionSpec,
-    CrossAttentionSpec,
-    EncoderOnlyAttentionSpec,
-    FullAttentionSpec,
-    SlidingWindowSpec,
-)
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from relay_kernels.relay_attention import cpu_build
 from relay_kernels.relay_attention.api import CacheLayout, Implementation, relay_attention
@@ -48,7 +39,8 @@ from relay_kernels.relay_attention.cpu import CpuRun, supports
 from relay_kernels.relay_attention.plan import CostModel, RelayPlan, can_share, make_plan
 from relay_kernels.relay_attention.work_list import make_work_list
 from relay_serving.settings import CpuKernel, RelaySettings
-from relay_serving.vllm_plugin.counters import FALLBACK_REASONS, CounterFile
+from relay_serving.vllm_plugin.counters import CounterFile
+from relay_serving.vllm_plugin.refusals import common_refusal, log_refusal, spec_refusal
 
 logger = init_logger("vllm.relay")
 
@@ -174,7 +166,7 @@ class RelayCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._cost_model = CostModel(min_keys=self.settings.min_shared_tokens)
         self._has_engaged = False
         if self.refusal:
-            _log_refusal(self.refusal)
+            log_refusal(self.refusal)
             if self.kernel == "triton":
                 raise ValueError(f"relay cpu kernel 'triton' cannot serve layers of this model: {self.refusal}")
         elif not vllm_config.cache_config.enable_prefix_caching:
@@ -255,7 +247,7 @@ class RelayCPUImpl(CPUAttentionBackendImpl):
         self.refusal = layer_refusal(self)
         self._owns_cache = settings.cpu_kernel == "triton"
         if self.refusal:
-            _log_refusal(self.refusal)
+            log_refusal(self.refusal)
             if self._owns_cache:
                 raise ValueError(f"relay cpu kernel 'triton' cannot serve a layer of this model: {self.refusal}")
 
@@ -313,23 +305,10 @@ def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def group_refusal(kv_cache_spec: AttentionSpec, vllm_config: VllmConfig, isa: str) -> str | None:
     """Why no layer of a KV-cache group can be relayed, as one of FALLBACK_REASONS; None where they can."""
-    parallel = vllm_config.parallel_config
-    if isinstance(kv_cache_spec, SlidingWindowSpec):
-        return "sliding_window"
-    if isinstance(kv_cache_spec, ChunkedLocalAttentionSpec) or getattr(kv_cache_spec, "attention_chunk_size", None):
-        return "chunked_local"
-    if isinstance(kv_cache_spec, (CrossAttentionSpec, EncoderOnlyAttentionSpec)):
-        return "attention_type"
-    if type(kv_cache_spec) is not FullAttentionSpec:
-        return "kv_cache_spec"
+    if refusal := spec_refusal(kv_cache_spec, vllm_config, takes_windows=False):
+        return refusal
     if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype):
         return "kv_cache_dtype"
-    if vllm_config.kv_transfer_config is not None:
-        return "kv_connector"
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        return "context_parallel"
-    if envs.VLLM_BATCH_INVARIANT:
-        return "batch_invariance"
     if isa not in SUPPORTED_LAYOUTS:
         return "cpu_architecture"
     return None
@@ -354,25 +333,11 @@ def layer_refusal(impl: CPUAttentionBackendImpl) -> str | None:
     return None
 
 
-def common_refusal(layers: Iterable[object]) -> str | None:
-    """Why none of a group's layers can be relayed, so that its steps need no plan; None where one of them can."""
-    refusals = [getattr(getattr(layer, "impl", None), "refusal", None) for layer in layers]
-    return refusals[0] if refusals and all(refusals) else None
-
-
 def step_refusal(common: CommonAttentionMetadata) -> str | None:
     """Why one step cannot be relayed, as one of FALLBACK_REASONS; None where it can."""
     if common.causal is not True or common.mm_req_doc_ranges is not None or common.rswa_prefix_lens is not None:
         return "non_causal"
     return None
-
-
-def _log_refusal(reason: str) -> None:
-    assert reason in FALLBACK_REASONS
-    logger.info_once(
-        "RelayAttention leaves layers of this model to vLLM's own kernel (reason: %s); their results are stock's.",
-        reason,
-    )
 
 
 @cache

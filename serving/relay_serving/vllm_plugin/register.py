@@ -13,9 +13,14 @@ import logging
 import os
 
 from relay_serving import plugin_names
-from relay_serving.settings import CpuKernel, RelaySettings
+from relay_serving.settings import GPU_KERNEL_CARRIER, CpuKernel, GpuKernel, RelaySettings
 from relay_serving.vllm_plugin import aot_load_repair
 
+GPU_BACKENDS = {  # by the name that vLLM chooses them by
+    "FLASH_ATTN": "relay_serving.vllm_plugin.gpu_flash_attn.RelayFlashBackend",
+    "FLASHINFER": "relay_serving.vllm_plugin.gpu_flashinfer.RelayFlashInferBackend",
+    "TRITON_ATTN": "relay_serving.vllm_plugin.gpu_backend.RelayTritonBackend",
+}
 BACKEND_PATH = "relay_serving.vllm_plugin.attention_backend.RelayCPUBackend"
 MODEL_PATHS = {
     "RelaySegForConditionalGeneration": "relay_serving.vllm_plugin.relay_seg:RelaySegForConditionalGeneration"
@@ -31,10 +36,11 @@ def is_asked_for() -> bool:
 
 
 def register() -> None:
-    """Override vLLM's CPU attention backend in this process and add our model class, if relay is asked for."""
+    """Override vLLM's attention backends in this process and add our model class, if relay is asked for."""
     if not is_asked_for():
         return
-    if RelaySettings.from_environment().cpu_kernel == CpuKernel.TRITON:
+    settings = RelaySettings.from_environment()
+    if settings.cpu_kernel == CpuKernel.TRITON:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
     from vllm.platforms import current_platform
 
@@ -42,15 +48,25 @@ def register() -> None:
 
     run_id()  # made before vLLM starts its other processes, which inherit it
     _register_models()
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         logger.warning(
             "RelayAttention has no kernels for platform %r in this release: vLLM's own attention serves every layer.",
             current_platform.device_name,
         )
         return
-    aot_load_repair.repair()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    if current_platform.is_cuda():
+        if os.environ.get(GPU_KERNEL_CARRIER, settings.gpu_kernel) == GpuKernel.OFF:
+            logger.warning(
+                "RelayAttention is off on GPUs: vLLM's own attention serves every layer, unless "
+                "--relay-gpu-kernel triton is given; no GPU has served with that yet."
+            )
+            return
+        for name, path in GPU_BACKENDS.items():
+            register_backend(AttentionBackendEnum[name], path)
+        return
+    aot_load_repair.repair()
     register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)
 
 
