@@ -46,7 +46,7 @@ def compile_kernel(
             return f"*{NAMES[dtype]}"
         if name.startswith(("p_partial", "p_lse", "p_sinks")):
             return "*fp32"
-        if name == "p_sums":
+        if name in ("p_sums", "p_totals"):
             return "*i64"
         if name.startswith("p_"):
             return "*i32"

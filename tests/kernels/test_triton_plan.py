@@ -15,7 +15,7 @@ from relay_coverage import Step
 from relay_steps import TinyEngine, steps
 from relay_tensors import Problem, assert_within_budget, make_problem, tree_step
 
-from relay_kernels.relay_attention.plan import CostModel, make_plan
+from relay_kernels.relay_attention.plan import CostModel, can_share, make_plan
 from relay_kernels.relay_attention.work_list import WorkList, fitted_work_list
 
 pytest.importorskip("triton")
@@ -98,6 +98,15 @@ def on_host(
         plan, max_keys_per_segment=max_keys, most_segments=capacity.segments, most_slots=capacity.slots
     )
     return work_list, plan.is_shared
+
+
+def totals_of(step: Step) -> list[int]:
+    """What one step adds to `DevicePlanner.totals`, where everything is shared and all of it fits."""
+    lens = (np.array(step.query_lens, dtype=np.int64), np.array(step.seq_lens, dtype=np.int64))
+    plan = make_plan(step.block_table, *lens, block_size=step.block_size, cost_model=ALWAYS, max_depth=4)
+    is_eligible = can_share(step.block_table, *lens, block_size=step.block_size)
+    counted = (plan.is_shared, plan.grouped_requests, plan.num_groups, plan.kv_tokens_saved)
+    return [int(is_eligible), *map(int, counted)]
 
 
 def assert_equal(found: TritonWorkspace, expected: WorkList) -> None:
@@ -193,6 +202,7 @@ def test_the_steps_of_an_engine(triton_device: torch.device) -> None:
     made = workspace(triton_device)
     planner = DevicePlanner(made, max_rows=6, block_size=4, cost_model=ALWAYS, max_keys_per_segment=8)
     shared = 0
+    totals = np.zeros(5, dtype=np.int64)
     for number in range(14):
         if rng.random() < 0.6:
             engine.join([*prompts[number % 2], *(int(x) for x in rng.integers(0, 9, int(rng.integers(1, 8))))])
@@ -203,6 +213,8 @@ def test_the_steps_of_an_engine(triton_device: torch.device) -> None:
         planner.plan(*tensors_of(step, triton_device))
         assert_equal(made, expected)
         shared += is_shared
+        totals += totals_of(step)
+        assert planner.totals.tolist() == totals.tolist()
     assert shared > 3
 
 

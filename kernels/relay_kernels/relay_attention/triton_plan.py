@@ -38,6 +38,9 @@ COMPARED_BLOCKS = 512  # of a row and its leader at a time
 COLUMNS = tl.constexpr(32)  # rows that all rows are compared with at a time
 FAR = tl.constexpr(1 << 30)
 LARGEST_COST = 1 << 20
+# Of all steps so far: those in which rows share a computed block, those that read a prefix once, and of these the rows
+# and groups that share, and the keys that are read once where each row would have read them.
+TOTALS = ("eligible_steps", "relay_steps", "grouped_requests", "groups", "kv_tokens_saved")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class DevicePlanner:
         cost_model: when sharing pays, in whole numbers.
         max_keys_per_segment: see `make_work_list`.
         max_depth: of the prefix trees.
+
+    Attributes:
+        totals: [`TOTALS`] int64, on the device.
 
     Raises:
         ValueError: an argument has an impossible value; the message names it.
@@ -113,6 +119,7 @@ class DevicePlanner:
         self._nodes = torch.empty(len(_NODE_ARRAYS), nodes, dtype=torch.int32, device=device)
         self._segments = torch.empty(len(_SEGMENT_ARRAYS), 2 * self.padded_rows, dtype=torch.int32, device=device)
         self._members = torch.empty(2, max_depth * self.padded_rows, dtype=torch.int32, device=device)
+        self.totals = torch.zeros(len(TOTALS), dtype=torch.int64, device=device)
         self._pieces = torch.empty(2, workspace.capacity.segments, dtype=torch.int32, device=device)
 
     def plan(self, block_table: Tensor, query_start: Tensor, seq_lens: Tensor, num_rows: int | None = None) -> None:
@@ -148,7 +155,7 @@ class DevicePlanner:
             lower_kernel, (1,), query_start, seq_lens, self._groups, self._sums, self._rows, self._nodes,
             self._segments, self._members, self._pieces, work.segments, work.slot_token, work.slot_key_end,
             work.token_slot_start, work.token_slots, work.token_key_end, work.small_tiles, work.large_tiles,
-            work.small_count, work.large_count, rows, work.capacity.segments, work.capacity.slots, work.capacity.tokens,
+            work.small_count, work.large_count, self.totals, rows, work.capacity.segments, work.capacity.slots, work.capacity.tokens,
             KEY_READ=costs.key_read, ROW_KEY=costs.row_key, SEGMENT=costs.segment, MERGE=costs.merge,
             MIN_KEYS=costs.min_keys, MAX_BLOCKS=max(self.max_keys_per_segment // self.block_size, 1),
             BLOCK_SIZE=self.block_size, **sizes, NODE_STEPS=(2 * self.padded_rows).bit_length(),
@@ -330,6 +337,7 @@ def lower_kernel(  # type: ignore[no-untyped-def]
     p_large_tiles,
     p_num_small,
     p_num_large,
+    p_totals,
     num_rows,
     most_pieces,
     most_slots,
@@ -442,6 +450,16 @@ def lower_kernel(  # type: ignore[no-untyped-def]
     own_blocks = _cdiv(seq_len - suffix * BLOCK_SIZE, BLOCK_SIZE)
     own_piece_blocks = tl.where(fits, own_piece_blocks, tl.maximum(own_blocks, 1))
     own_pieces = tl.where(fits, own_pieces, is_own.to(tl.int32))
+
+    # ---- what is told of it, over all steps: see `TOTALS`
+    is_shared = num_nodes > 0
+    is_eligible = tl.max((tl.load(p_groups + G_LEADER * LEVEL + o_row) >= 0).to(tl.int32), axis=0)
+    saved = tl.where(m_node, (node_members - 1).to(tl.int64) * node_blocks * BLOCK_SIZE, 0)
+    tl.store(p_totals, tl.load(p_totals) + is_eligible)
+    tl.store(p_totals + 1, tl.load(p_totals + 1) + is_shared.to(tl.int64))
+    tl.store(p_totals + 2, tl.load(p_totals + 2) + tl.sum((suffix > 0).to(tl.int64), axis=0))
+    tl.store(p_totals + 3, tl.load(p_totals + 3) + tl.sum((m_node & (node_start == 0)).to(tl.int64), axis=0))
+    tl.store(p_totals + 4, tl.load(p_totals + 4) + tl.sum(saved, axis=0))
 
     # ---- segments in order: shared ones by where they begin and by their first row, then each row's own
     rank = tl.zeros([ROWS], dtype=tl.int32)

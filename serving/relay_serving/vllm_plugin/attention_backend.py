@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import is_quantized_kv_cache
@@ -40,6 +39,7 @@ from relay_kernels.relay_attention.plan import CostModel, RelayPlan, can_share, 
 from relay_kernels.relay_attention.work_list import make_work_list
 from relay_serving.settings import CpuKernel, RelaySettings
 from relay_serving.vllm_plugin.counters import CounterFile
+from relay_serving.vllm_plugin.engine_counters import counters_of
 from relay_serving.vllm_plugin.refusals import common_refusal, log_refusal, spec_refusal
 
 logger = init_logger("vllm.relay")
@@ -155,7 +155,7 @@ class RelayCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.settings = RelaySettings.from_additional_config(vllm_config.additional_config)
-        self.counters = _counters_of(vllm_config)
+        self.counters = counters_of(vllm_config)
         self.refusal = group_refusal(kv_cache_spec, vllm_config, self.isa) or common_refusal(
             get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).values()
         )
@@ -362,19 +362,3 @@ def _compiled_kernel_refusal(isa: str, must_be_had: bool) -> str | None:
 def _max_keys_per_segment() -> int:
     """Longer segments are cut so that every core has work; with few cores, each cut is one more merge for nothing."""
     return 4096 if torch.get_num_threads() <= 4 else 1024
-
-
-@cache
-def _counters(instance_id: str, engine: int, is_first_rank: bool) -> CounterFile:
-    if not is_first_rank:
-        return CounterFile.private()
-    try:
-        return CounterFile.create(instance_id, engine)
-    except OSError as error:
-        logger.warning("RelayAttention works, but its counters cannot be shown on /metrics: %s", error)
-        return CounterFile.private()
-
-
-def _counters_of(vllm_config: VllmConfig) -> CounterFile:
-    is_first_rank = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
-    return _counters(vllm_config.instance_id, vllm_config.parallel_config.data_parallel_index, is_first_rank)

@@ -12,6 +12,7 @@ One class for each of vLLM's backends, which all keep keys and values of a token
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from relay_kernels.relay_attention.plan import CostModel
 from relay_serving.settings import RelaySettings
+from relay_serving.vllm_plugin.counters import CounterFile
+from relay_serving.vllm_plugin.engine_counters import counters_of
 from relay_serving.vllm_plugin.refusals import common_refusal, log_refusal, spec_refusal
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ logger = init_logger("vllm.relay")
 
 MOST_SCRATCH_BYTES = 256 << 20  # of the partial results of one step, for each KV-cache group
 KEYS_PER_PIECE = 1024  # so that one long prefix keeps every multiprocessor busy
+STEPS_BETWEEN_READINGS = 8
 SPARE_SEGMENTS = 4096  # of a step beside one for each row
 # In keys read for one request, times 128, as the planner counts in whole numbers: tensor cores take 128 rows of queries
 # in the time that a key takes to arrive. Not tuned on a GPU.
@@ -66,9 +70,12 @@ class GroupShape:
 
 
 class GpuPlans:
-    """The plan of the step at hand, of one KV-cache group: always in the same place."""
+    """The plan of the step at hand, of one KV-cache group: always in the same place.
 
-    def __init__(self, shape: GroupShape, device: torch.device, *, min_keys: int = 0) -> None:
+    What was shared is known on the GPU alone; it is read every `STEPS_BETWEEN_READINGS` steps, without waiting.
+    """
+
+    def __init__(self, shape: GroupShape, device: torch.device, counters: CounterFile, *, min_keys: int = 0) -> None:
         from relay_kernels.relay_attention.triton_plan import MAX_ROWS, DevicePlanner
         from relay_kernels.relay_attention.triton_relay import Capacity, TritonWorkspace
 
@@ -91,6 +98,11 @@ class GpuPlans:
             cost_model=costs,
             max_keys_per_segment=KEYS_PER_PIECE,
         )
+        self._counters = counters
+        self._totals = torch.zeros_like(self.planner.totals, device="cpu", pin_memory=device.type == "cuda")
+        self._counted = [0] * len(self._totals)
+        self._reading = torch.cuda.Event() if device.type == "cuda" else None
+        self._steps = 0
 
     def fits(self, num_rows: int, num_tokens: int) -> bool:
         """Whether a step is ours: the same for every step that the same graph serves."""
@@ -101,7 +113,24 @@ class GpuPlans:
         self.planner.plan(
             common.block_table_tensor[:rows], common.query_start_loc[: rows + 1], common.seq_lens[:rows], rows
         )
+        self._steps += 1
+        if self._steps % STEPS_BETWEEN_READINGS == 0:
+            self._read_totals()
         return GpuStep(self, common.block_table_tensor, common.num_actual_tokens)
+
+    def _read_totals(self) -> None:
+        """Count what the reading before this one found, if it has arrived, and begin another."""
+        from relay_kernels.relay_attention.triton_plan import TOTALS
+
+        if self._reading is not None and not self._reading.query():
+            return
+        found = self._totals.tolist()
+        for name, now, before in zip(TOTALS, found, self._counted, strict=True):
+            self._counters.add(name, now - before)
+        self._counted = found
+        self._totals.copy_(self.planner.totals, non_blocking=True)
+        if self._reading is not None:
+            self._reading.record()
 
 
 @dataclass(frozen=True)
@@ -143,6 +172,7 @@ class RelayGpuBuilder:
         # Steps of a drafter that are not built would run from the plan of another step.
         self.supports_draft_decode_metadata_update = False
         self.plans: GpuPlans | None = None
+        self.counters = counters_of(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
         refusal = group_refusal(kv_cache_spec, vllm_config) or common_refusal(layers.values())
         if refusal:
@@ -153,7 +183,7 @@ class RelayGpuBuilder:
             log_refusal("kv_cache_spec")
             return
         settings = RelaySettings.from_additional_config(vllm_config.additional_config)
-        self.plans = GpuPlans(shape, device, min_keys=settings.min_shared_tokens)
+        self.plans = GpuPlans(shape, device, self.counters, min_keys=settings.min_shared_tokens)
         logger.info_once(
             "RelayAttention engaged: steps of 2 to %d requests, up to %d tokens (kernel: triton, planned on the GPU).",
             self.plans.max_rows,
@@ -165,7 +195,10 @@ class RelayGpuBuilder:
     ) -> Any:
         """vLLM's metadata, with this step's plan as its attribute ``relay`` where the step is ours."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        self.counters.add("steps")
+        begin = time.perf_counter_ns()
         metadata.relay = self._plan(common_attn_metadata)
+        self.counters.add("planning_ns", time.perf_counter_ns() - begin)
         return metadata
 
     def _plan(self, common: CommonAttentionMetadata) -> GpuStep | None:

@@ -18,6 +18,7 @@ from test_features import ENGINE, NEAR_TIE, TREE, tiny_gemma2, tiny_gpt_oss
 pytest.importorskip("triton")
 
 from relay_serving.vllm_plugin import gpu_backend
+from relay_serving.vllm_plugin.counters import CounterFile
 from relay_serving.vllm_plugin.gpu_backend import GpuPlans, GroupShape
 
 SHAPE = GroupShape(
@@ -27,7 +28,7 @@ SHAPE = GroupShape(
 
 @pytest.fixture(scope="module")
 def plans() -> GpuPlans:
-    return GpuPlans(SHAPE, torch.device("cpu"))
+    return GpuPlans(SHAPE, torch.device("cpu"), CounterFile.private())
 
 
 def test_whether_a_step_is_ours_depends_on_its_size_alone(plans: GpuPlans) -> None:
@@ -48,7 +49,7 @@ def test_buffers_hold_every_step_that_is_ours_and_no_more_memory_than_said(plans
 
 def test_costs_are_whole_numbers_and_min_keys_is_among_them() -> None:
     small = GroupShape(8, 32, 4, 2, 32, torch.float32, 16)
-    assert GpuPlans(small, torch.device("cpu"), min_keys=77).planner.costs.min_keys == 77
+    assert GpuPlans(small, torch.device("cpu"), CounterFile.private(), min_keys=77).planner.costs.min_keys == 77
 
 
 def config(**changes: Any) -> Any:
