@@ -124,6 +124,8 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("console", lambda message: "Security Policy" in message.text and wrong.append(message.text))
         elsewhere = re.compile(rf"(?!{re.escape(url)}|blob:|data:)")
         page.on("request", lambda request: elsewhere.match(request.url) and wrong.append(request.url))
+        # So that choosers are caught from now on: a test that begins to wait for one may press its key too early.
+        page.on("filechooser", lambda chooser: None)
         page.goto(f"{url}/")
         return page
 
