@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from relay_benchmarks import drafting, kernel, refining, run_options, segmentation, serve, throughput
+from relay_benchmarks import drafting, kernel, load, refining, run_options, segmentation, serve, throughput
 from relay_benchmarks.decode import DecodeOptions, Report, Workload, run_decode
 from relay_benchmarks.machine import Machine
 from relay_benchmarks.pair import context_of, running_engines, shown_name
@@ -48,11 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
-    """As `parse_args`; options of vLLM's datasets, which only vLLM knows, are left to it where one is named."""
-    args, others = parser.parse_known_args(words)
-    if others and getattr(args, "dataset_name", None) is None:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    args.dataset_words = others
+    """As `parse_args`; where one of vLLM's datasets is named, options of it are vLLM's own to read."""
+    given = list(sys.argv[1:] if words is None else words)
+    dataset = None
+    if "serve" in given and any(word.partition("=")[0] == "--dataset-name" for word in given):
+        try:
+            dataset, given = load.parse_dataset_options(given)
+        except RelayServingError as error:
+            parser.error(str(error))
+    args = parser.parse_args(given)
+    args.dataset = dataset
     return args
 
 

@@ -180,34 +180,44 @@ def goodput_of(words: Sequence[str] | None) -> dict[str, float]:
     return found
 
 
-def dataset_samples(words: Sequence[str], tokenizer: str, api: Api) -> list[Any]:
+class _DatasetParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BenchArgumentError(f"options of --dataset-name: {message}")
+
+
+def parse_dataset_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options of vLLM's datasets, and the words that are none of them, with those that both know at their end.
+
+    Raises BenchArgumentError, also where vLLM's library does not import.
+    """
+    parser = _DatasetParser(add_help=False, allow_abbrev=False)
+    library().add_dataset_parser(parser)
+    parser.set_defaults(num_prompts=None)
+    dataset, others = parser.parse_known_args(list(words))
+    both = {"--dataset-name": dataset.dataset_name, "--num-prompts": dataset.num_prompts, "--seed": dataset.seed}
+    return dataset, [
+        *others,
+        *(word for flag, value in both.items() if value is not None for word in (flag, str(value))),
+    ]
+
+
+def dataset_samples(dataset: argparse.Namespace, requests: int, seed: int, tokenizer: str, api: Api) -> list[Any]:
     """Requests of one of vLLM's datasets.
 
     Args:
-        words: options of vLLM's own, as ``--dataset-name prefix_repetition --num-prompts 8``.
+        dataset: from `parse_dataset_options`.
         tokenizer: hub id or folder.
 
     Raises:
         BenchArgumentError: an option or a file is wrong, or the dataset needs a package that is not installed.
     """
     serve = library()
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    def refuse(message: str) -> NoReturn:
-        raise BenchArgumentError(f"options of --dataset-name: {message}")
-
-    parser = FlexibleArgumentParser(prog="vllm-relay bench serve")
-    parser.error = refuse
-    serve.add_dataset_parser(parser)
-    args = parser.parse_args(list(words))
-    args.backend = api.backend
+    args = argparse.Namespace(**{**vars(dataset), "num_prompts": requests, "seed": seed, "backend": api.backend})
     with _explained(f"--dataset-name {args.dataset_name}"):
         tokens = serve.get_tokenizer(tokenizer, trust_remote_code=args.trust_remote_code)
         samples: list[Any] = serve.get_samples(args, tokens)
     if not samples:
-        raise BenchArgumentError(
-            f"--dataset-name {args.dataset_name} holds no requests for --num-prompts {args.num_prompts}"
-        )
+        raise BenchArgumentError(f"--dataset-name {args.dataset_name} holds no requests")
     return samples
 
 

@@ -69,14 +69,14 @@ class ServeOptions(EngineOptions):
 
     Attributes:
         url: of a running server; empty to start two.
-        dataset: one of vLLM's, in place of a workload of ours, with all options that it is given; empty for none.
+        dataset: options of one of vLLM's, in place of a workload of ours.
         generate: tokens of each answer.
         goodput: milliseconds that ttft, tpot and e2el of a good request may take; empty for no such limits.
     """
 
     url: str = ""
     workload: Workload = Workload.CHAT
-    dataset: tuple[str, ...] = ()
+    dataset: argparse.Namespace | None = None
     api: Api | None = None
     requests: int = 64
     shared: tuple[int, ...] = ()
@@ -204,8 +204,8 @@ def _requests(
     """What is asked in a round, and what puts all that is shared into the prefix cache, both as vLLM's samples."""
     assert options.api is not None
     if options.dataset:
-        words = [*options.dataset, "--num-prompts", str(options.requests), "--seed", str(options.seed + number)]
-        samples = load.dataset_samples(words, server.folder, options.api)
+        seed = options.seed + number
+        samples = load.dataset_samples(options.dataset, options.requests, seed, server.folder, options.api)
         return samples, [replace(sample, expected_output_len=1) for sample in samples]
     traffic = Traffic(
         options.workload, options.requests, shared, options.question_tokens, options.contexts, options.zipf
@@ -415,7 +415,7 @@ class Report(PairReport[ServeOptions]):
 
 
 def _workload(options: ServeOptions) -> str:
-    return f"{DATASET}:{options.dataset[1]}" if options.dataset else options.workload.value
+    return f"{DATASET}:{options.dataset.dataset_name}" if options.dataset else options.workload.value
 
 
 def _beginnings(one: Round) -> list[str]:
@@ -485,13 +485,12 @@ def options_of(args: argparse.Namespace) -> ServeOptions:
     """Raises BenchArgumentError."""
     if args.dataset_path and not args.dataset_name:
         raise BenchArgumentError(f"--dataset-path {args.dataset_path} is of no dataset; give --dataset-name too")
-    path = ("--dataset-path", args.dataset_path) if args.dataset_path else ()
     if args.url and args.model:
         raise BenchArgumentError(f"--url {args.url} serves its own model: leave out {args.model!r}")
     return ServeOptions(
         url=args.url,
         workload=Workload(args.workload),
-        dataset=("--dataset-name", args.dataset_name, *path, *args.dataset_words) if args.dataset_name else (),
+        dataset=args.dataset,
         api=Api(args.api) if args.api else None,
         requests=args.requests,
         shared=args.shared,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -196,5 +195,4 @@ def test_flags_of_other_experiments_are_refused(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as caught:
         cli.main(["throughput", "--random-input-len", "8"])
     assert caught.value.code == 2
-    assert "unrecognized arguments: --random-input-len 8" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "unrecognized arguments: --random-input-len" in capsys.readouterr().err
