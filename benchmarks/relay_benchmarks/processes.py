@@ -75,7 +75,7 @@ class MeasuredProcess:
     def close(self) -> None:
         """End every process: by what `begin_close` asked for, then by SIGTERM, then by SIGKILL."""
         for seconds, end in ((_STOP_SECONDS, self._process.terminate), (_TERMINATE_SECONDS, self._kill)):
-            if self._wait(seconds):
+            if self.has_ended_by(seconds):
                 break
             end()
         self._kill()
@@ -88,7 +88,7 @@ class MeasuredProcess:
     def failure(self, message: str | None = None) -> EngineFailedError:
         """Why it failed: the first cause in its log, else `message`, else how it ended."""
         if message is None:
-            self._wait(2.0)  # a connection closes a little before its process ends
+            self.has_ended_by(2.0)  # a connection closes a little before its process ends
         log = StartLog()
         for line in self.log_path.read_text(errors="replace").splitlines():
             log.shows(line)
@@ -100,8 +100,8 @@ class MeasuredProcess:
     def has_ended(self) -> bool:
         return self._process.poll() is not None
 
-    def _wait(self, seconds: float) -> bool:
-        """Whether the process has ended by then."""
+    def has_ended_by(self, seconds: float) -> bool:
+        """Whether it has ended so many seconds from now, at the latest."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -34,6 +34,7 @@ HOST = "127.0.0.1"
 START_SECONDS = 900.0
 _POLL_SECONDS = 0.2
 _TIMEOUT = 300.0
+_LAST_WORDS_SECONDS = 3.0  # of a server whose engine has died
 _DEVELOPMENT = "VLLM_SERVER_DEV_MODE"
 
 
@@ -155,7 +156,7 @@ def running_servers(
 ) -> Iterator[tuple[dict[Side, ServerProcess], dict[Side, Server], dict[Side, dict[str, Any]]]]:
     """Stock and relay, started one after the other, checked to be what they are called, and ended.
 
-    Yields the processes, the servers, and what each says of itself.
+    Yields the processes, the servers, and what each says of itself. Should one die, its log explains it.
 
     Args:
         vllm_arguments: of both, the model among them.
@@ -183,7 +184,13 @@ def running_servers(
             }
             say_it_is_up(side, described[side], began)
         check_sides(described, name)
-        yield processes, servers, described
+        try:
+            yield processes, servers, described
+        except RequestsFailedError as error:
+            for process in processes.values():
+                if process.has_ended_by(_LAST_WORDS_SECONDS):
+                    raise process.failure(str(error)) from error
+            raise
 
 
 def flags_of(arguments: Mapping[str, Any]) -> list[str]:

