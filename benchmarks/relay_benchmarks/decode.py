@@ -13,7 +13,7 @@ from functools import partial
 from statistics import median
 from typing import Any, Protocol
 
-from relay_benchmarks.errors import BenchArgumentError, ComparisonError
+from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.measured_engine import SLACK_TOKENS
 from relay_benchmarks.pair import say
 from relay_benchmarks.pair_report import PairReport
@@ -22,7 +22,7 @@ from relay_benchmarks.results_file import COUNTED
 from relay_benchmarks.rounds import Neighbour, beside, order_of, other_of
 from relay_benchmarks.run_facts import backend_and_kernel, notes, summed
 from relay_benchmarks.run_options import EngineOptions, require
-from relay_benchmarks.sides import Side, check_answers
+from relay_benchmarks.sides import Side, check_answers, check_warm
 from relay_benchmarks.summary import agreement, quantiles, spread_of_ratios, table
 from relay_benchmarks.workload import Shape, blocks_needed
 
@@ -157,12 +157,7 @@ def _measure(
     measured, others_cpu = beside(
         engines[other_of(side)], partial(engines[side].measure, result.shape, options.seed, options.steps)
     )
-    in_full_blocks = result.shape.shared_tokens // block_size * block_size
-    if measured["cached_tokens"] < in_full_blocks:
-        raise ComparisonError(
-            f"the {side} engine found {measured['cached_tokens']} of {in_full_blocks} shared tokens in its prefix "
-            "cache; the cache was to be warm. Pass a larger --kv-cache-memory-bytes"
-        )
+    check_warm(side, measured["cached_tokens"], result.shape.shared_tokens, block_size)
     kept = result.sides[side]
     kept.seconds.append(measured["seconds"])
     kept.tokens.append(measured["tokens"])

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from relay_benchmarks.sides import Side
 
 T = TypeVar("T")
+
+
+@dataclass
+class Rounds(Generic[T]):
+    """What each side gave, a value a round."""
+
+    of: dict[str, list[T]]
+
+    @property
+    def count(self) -> int:
+        """Rounds of which every side is there."""
+        return min(map(len, self.of.values()), default=0)
+
+    def whole(self) -> dict[str, list[T]]:
+        """Without a round that only one side has had."""
+        return {side: values[: self.count] for side, values in self.of.items()}
 
 
 class Neighbour(Protocol):

@@ -28,7 +28,7 @@ from relay_benchmarks.pair import context_of, shown_name
 from relay_benchmarks.pair_report import PairReport
 from relay_benchmarks.plots import Panel, plot_path
 from relay_benchmarks.results_file import ENGINE_COLUMNS, RESULTS_FOLDER, RUN_COLUMNS, ResultsFile
-from relay_benchmarks.rounds import Neighbour, beside, order_of
+from relay_benchmarks.rounds import Neighbour, Rounds, beside, order_of
 from relay_benchmarks.run_facts import RunFacts, backend_and_kernel, notes, summed
 from relay_benchmarks.run_options import Cache, EngineOptions, integers, require
 from relay_benchmarks.server_metrics import RELAY_SAMPLES, VLLM_SAMPLES, Reading
@@ -163,24 +163,11 @@ class Round:
     others_cpu: float
 
 
-@dataclass
-class Served:
-    """What the servers gave over the rounds of one length of what is shared."""
-
-    shared_tokens: int
-    rounds_of: dict[str, list[Round]] = field(default_factory=dict)
-
-    @property
-    def rounds(self) -> int:
-        """Rounds of which every side is there."""
-        return min(map(len, self.rounds_of.values()), default=0)
-
-
-def measure_all(targets: Sequence[Target], options: ServeOptions, keep: Callable[[Served], None]) -> None:
+def measure_all(targets: Sequence[Target], options: ServeOptions, keep: Callable[[int, Rounds[Round]], None]) -> None:
     """Measure every length. Whole rounds go to `keep` also when something ends the run early."""
     tokens_per_word = targets[0].server.tokens_per_word()
     for shared in options.shared or (0,):
-        served = Served(shared, {target.side: [] for target in targets})
+        found: Rounds[Round] = Rounds({target.side: [] for target in targets})
         requests_of = partial(_requests, targets[0].server, options, shared, tokens_per_word)
         try:
             samples, contexts = requests_of(0)
@@ -192,10 +179,10 @@ def measure_all(targets: Sequence[Target], options: ServeOptions, keep: Callable
                     # where the cache cannot be emptied, at least the questions are new
                     asked = samples if can_forget else requests_of(number + 1)[0]
                     label = f"{shared} shared, round {number + 1}/{options.rounds}, {target.side}"
-                    served.rounds_of[target.side].append(_measure(target, options, asked, number, label))
+                    found.of[target.side].append(_measure(target, options, asked, number, label))
         finally:
-            if served.rounds:
-                keep(served)
+            if found.count:
+                keep(shared, found)
 
 
 def _requests(
@@ -258,17 +245,11 @@ def _drive(target: Target, options: ServeOptions, samples: Sequence[Any], number
 class Report(PairReport[ServeOptions]):
     """Turns what was served into rows."""
 
-    def keep(self, served: Served) -> None:
+    def keep(self, shared_tokens: int, found: Rounds[Round]) -> None:
         """Raises ComparisonError, keeping nothing, if the sides' answers have too little in common."""
-        rounds = served.rounds
-        of_sides = {side: found[:rounds] for side, found in served.rounds_of.items()}
-        compared = self._compared(served.shared_tokens, of_sides)
-        self._append(
-            {
-                side: {**self._row(served.shared_tokens, side, found), **compared[side]}
-                for side, found in of_sides.items()
-            }
-        )
+        rounds = found.whole()
+        compared = self._compared(shared_tokens, rounds)
+        self._append({side: {**self._row(shared_tokens, side, rounds[side]), **compared[side]} for side in rounds})
 
     def _row(self, shared_tokens: int, side: str, found: Sequence[Round]) -> dict[str, Any]:
         options, described = self._options, self._described[side]

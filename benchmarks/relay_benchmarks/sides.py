@@ -143,6 +143,16 @@ def check_sides(described: Mapping[Side, Mapping[str, Any]], model: str = "this 
     _check_kernel_passed(described[Side.RELAY]["kernel_check"], model)
 
 
+def check_warm(side: Side, cached_tokens: int, shared_tokens: int, block_size: int) -> None:
+    """Raises ComparisonError unless every request found the shared prompt's full blocks in the prefix cache."""
+    in_full_blocks = shared_tokens // block_size * block_size
+    if cached_tokens < in_full_blocks:
+        raise ComparisonError(
+            f"the {side} engine found {cached_tokens} of {in_full_blocks} shared tokens in its prefix cache; the cache "
+            "was to be warm. Pass a larger --kv-cache-memory-bytes"
+        )
+
+
 def check_answers(where: str, equal: float, self_equal: float) -> None:
     """Raises ComparisonError if the sides' greedy answers have less in common than rounding explains.
 

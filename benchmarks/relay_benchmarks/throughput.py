@@ -12,8 +12,8 @@ puts the shared prompt back, not timed, `cold` does not.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from relay_benchmarks import run_options
-from relay_benchmarks.errors import BenchArgumentError, ComparisonError
+from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.pair import context_of, running_engines, shown_name
 from relay_benchmarks.pair_report import PairReport
 from relay_benchmarks.plots import Panel, plot_path
@@ -32,10 +32,10 @@ from relay_benchmarks.results_file import (
     RUN_COLUMNS,
     ResultsFile,
 )
-from relay_benchmarks.rounds import Neighbour, beside, order_of, other_of
+from relay_benchmarks.rounds import Neighbour, Rounds, beside, order_of, other_of
 from relay_benchmarks.run_facts import RunFacts, backend_and_kernel, notes, summed
 from relay_benchmarks.run_options import Cache, EngineOptions, integers, require
-from relay_benchmarks.sides import Side, check_answers
+from relay_benchmarks.sides import Side, check_answers, check_warm
 from relay_benchmarks.summary import agreement, spread_of_ratios, table
 from relay_benchmarks.workload import Shape, blocks_needed
 from relay_serving import embedded_model
@@ -118,39 +118,29 @@ class Working(Neighbour, Protocol):
     def complete(self, shape: Shape, seed: int, generate: int, is_warm: bool) -> dict[str, Any]: ...
 
 
-@dataclass
-class JobResult:
-    """What one side gave over the rounds of one shape."""
+@dataclass(frozen=True)
+class Job:
+    """One round of one side: what the engine answered, and the cores its neighbour used meanwhile."""
 
-    answers: list[dict[str, Any]] = field(default_factory=list)
-    others_cpu: list[float] = field(default_factory=list)
-
-    def seconds(self, rounds: int) -> list[float]:
-        return [answer["seconds"] for answer in self.answers[:rounds]]
-
-    def tokens(self, rounds: int) -> list[list[list[int]]]:
-        return [answer["tokens"] for answer in self.answers[:rounds]]
-
-
-@dataclass
-class ShapeResult:
-    shape: Shape
-    sides: dict[Side, JobResult] = field(default_factory=lambda: {side: JobResult() for side in Side})
+    answer: Mapping[str, Any]
+    others_cpu: float
 
     @property
-    def rounds(self) -> int:
-        """Rounds of which both halves are there."""
-        return min(len(result.answers) for result in self.sides.values())
+    def seconds(self) -> float:
+        return float(self.answer["seconds"])
 
 
 def measure_all(
-    engines: Mapping[Side, Working], options: ThroughputOptions, block_size: int, keep: Callable[[ShapeResult], None]
+    engines: Mapping[Side, Working],
+    options: ThroughputOptions,
+    block_size: int,
+    keep: Callable[[Shape, Rounds[Job]], None],
 ) -> None:
     """Measure every shape. Whole rounds of a shape go to `keep` also when something ends the run early."""
     shapes = options.shapes()
     with tqdm(total=len(shapes) * options.rounds * 2, unit="job") as progress:
         for shape in shapes:
-            result = ShapeResult(shape)
+            found: Rounds[Job] = Rounds({side: [] for side in Side})
             try:
                 for side in Side:  # nothing is run for the first time, compiled or allocated while it is timed
                     progress.set_description(f"{shape.shared_tokens} shared tokens, warming {side}")
@@ -158,29 +148,22 @@ def measure_all(
                 for number in range(options.rounds):
                     for side in order_of(number, tuple(Side)):
                         progress.set_description(f"{shape.shared_tokens} shared tokens, {side}")
-                        _measure(engines, side, result, options, block_size)
+                        found.of[side].append(_measure(engines, side, shape, options, block_size))
                         progress.update()
             finally:
-                if result.rounds:
-                    keep(result)
+                if found.count:
+                    keep(shape, found)
 
 
 def _measure(
-    engines: Mapping[Side, Working], side: Side, result: ShapeResult, options: ThroughputOptions, block_size: int
-) -> None:
+    engines: Mapping[Side, Working], side: Side, shape: Shape, options: ThroughputOptions, block_size: int
+) -> Job:
     is_warm = options.cache is Cache.WARM
-    answer, others_cpu = beside(
-        engines[other_of(side)],
-        partial(engines[side].complete, result.shape, options.seed, options.generate, is_warm),
-    )
-    in_full_blocks = result.shape.shared_tokens // block_size * block_size
-    if is_warm and answer["cached_tokens"] < in_full_blocks:
-        raise ComparisonError(
-            f"the {side} engine found {answer['cached_tokens']} of {in_full_blocks} shared tokens in its prefix cache, "
-            "which was to be warm; pass a larger --kv-cache-memory-bytes"
-        )
-    result.sides[side].answers.append(answer)
-    result.sides[side].others_cpu.append(others_cpu)
+    work = partial(engines[side].complete, shape, options.seed, options.generate, is_warm)
+    answer, others_cpu = beside(engines[other_of(side)], work)
+    if is_warm:
+        check_warm(side, answer["cached_tokens"], shape.shared_tokens, block_size)
+    return Job(answer, others_cpu)
 
 
 # ---------------------------------------------------------------- rows
@@ -189,13 +172,14 @@ def _measure(
 class Report(PairReport[ThroughputOptions]):
     """Turns finished shapes into rows."""
 
-    def keep(self, result: ShapeResult) -> None:
+    def keep(self, shape: Shape, found: Rounds[Job]) -> None:
         """Raises ComparisonError, keeping nothing, if the sides' answers have too little in common."""
-        rounds = result.rounds
-        stock, relay = (result.sides[side] for side in Side)
-        equal, *of_itself = agreement(stock.tokens(rounds), relay.tokens(rounds))
-        check_answers(f"{result.shape.shared_tokens} shared tokens", equal, min(of_itself))
-        speedup = spread_of_ratios(stock.seconds(rounds), relay.seconds(rounds))
+        jobs = found.whole()
+        tokens = {side: [job.answer["tokens"] for job in jobs[side]] for side in Side}
+        seconds = {side: [job.seconds for job in jobs[side]] for side in Side}
+        equal, *of_itself = agreement(tokens[Side.STOCK], tokens[Side.RELAY])
+        check_answers(f"{shape.shared_tokens} shared tokens", equal, min(of_itself))
+        speedup = spread_of_ratios(seconds[Side.STOCK], seconds[Side.RELAY])
         compared = {
             "best_other": "stock vLLM",
             "speedup_median": round(speedup.median, 4),
@@ -203,20 +187,20 @@ class Report(PairReport[ThroughputOptions]):
             "speedup_max": round(speedup.max, 4),
             "equal_tokens": round(equal, 4),
         }
-        pair = {
-            side: {**self._row(result, side), **compared, "self_equal_tokens": round(itself, 4)}
-            for side, itself in zip(Side, of_itself, strict=True)
-        }
-        self._append(pair)
+        self._append(
+            {
+                side: {**self._row(shape, side, jobs[side]), **compared, "self_equal_tokens": round(itself, 4)}
+                for side, itself in zip(Side, of_itself, strict=True)
+            }
+        )
 
-    def _row(self, result: ShapeResult, side: Side) -> dict[str, Any]:
-        rounds, shape, options = result.rounds, result.shape, self._options
-        mine, described = result.sides[side], self._described[side]
-        seconds = median(mine.seconds(rounds))
-        generated = sum(map(len, mine.answers[0]["tokens"]))
+    def _row(self, shape: Shape, side: Side, jobs: Sequence[Job]) -> dict[str, Any]:
+        options, described = self._options, self._described[side]
+        seconds = median(job.seconds for job in jobs)
+        generated = sum(map(len, jobs[0].answer["tokens"]))
         return {
             **self._facts.columns(described),
-            "status": "complete" if rounds == options.rounds else "partial",
+            "status": "complete" if len(jobs) == options.rounds else "partial",
             "requests": shape.batch,
             "concurrency": options.concurrency,
             "shared_tokens": shape.shared_tokens,
@@ -228,13 +212,13 @@ class Report(PairReport[ThroughputOptions]):
             "seed": options.seed,
             "side": side.value,
             **backend_and_kernel(side, self._described),
-            "rounds": rounds,
-            "round_seconds": ";".join(f"{value:.4f}" for value in mine.seconds(rounds)),
+            "rounds": len(jobs),
+            "round_seconds": ";".join(f"{job.seconds:.4f}" for job in jobs),
             "requests_per_second": round(shape.batch / seconds, 4),
             "output_tokens_per_second": round(generated / seconds, 2),
-            "total_tokens_per_second": round((generated + mine.answers[0]["prompt_tokens"]) / seconds, 2),
-            "other_side_cpu_percent": round(100 * max(mine.others_cpu[:rounds]), 1),
-            **summed([answer["counters"] for answer in mine.answers[:rounds] if answer["counters"]], COUNTED),
+            "total_tokens_per_second": round((generated + jobs[0].answer["prompt_tokens"]) / seconds, 2),
+            "other_side_cpu_percent": round(100 * max(job.others_cpu for job in jobs), 1),
+            **summed([job.answer["counters"] for job in jobs if job.answer["counters"]], COUNTED),
         }
 
     def __str__(self) -> str:

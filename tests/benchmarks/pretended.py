@@ -38,6 +38,20 @@ def described(side: Side) -> dict[str, Any]:
     }
 
 
+class PretendNeighbour:
+    """All calls of both engines go to one log."""
+
+    def __init__(self, side: Side, calls: list[tuple[str, Side]]) -> None:
+        self.side = side
+        self.calls = calls
+
+    def cpu_seconds(self) -> float:
+        return 0.0
+
+    def wait_until_quiet(self) -> None:
+        self.calls.append(("quiet", self.side))
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as text:
         return list(csv.DictReader(text))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pretended import BLOCK, FACTS, described, rows_of
+from pretended import BLOCK, FACTS, PretendNeighbour, described, rows_of
 
 from relay_benchmarks import cli, decode, pair
 from relay_benchmarks.decode import DecodeOptions, Report, Workload, run_decode
@@ -22,12 +22,11 @@ from relay_benchmarks.workload import Shape
 OPTIONS = DecodeOptions(batch=(2,), shared=(0, 256), steps=3, rounds=4)
 
 
-class PretendEngine:
-    """Answers as an engine would; all calls of both engines go to one log."""
+class PretendEngine(PretendNeighbour):
+    """Answers as an engine would."""
 
     def __init__(self, side: Side, calls: list[tuple[str, Side]], step_ms: float, stop_after: int = 10**6) -> None:
-        self.side = side
-        self.calls = calls
+        super().__init__(side, calls)
         self.step_ms = step_ms
         self.stop_after = stop_after
         self.cached_tokens: int | None = None
@@ -50,12 +49,6 @@ class PretendEngine:
             "counters": gained if is_relay else None,
             "timed_counters": {"steps": 3, "planning_ns": 60_000} if is_relay else None,
         }
-
-    def cpu_seconds(self) -> float:
-        return 0.0
-
-    def wait_until_quiet(self) -> None:
-        self.calls.append(("quiet", self.side))
 
 
 def engines(stop_after: int = 10**6) -> tuple[dict[Side, PretendEngine], list[tuple[str, Side]]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pretended import BLOCK, FACTS, described, rows_of
+from pretended import BLOCK, FACTS, PretendNeighbour, described, rows_of
 
 from relay_benchmarks import cli, pair
 from relay_benchmarks.errors import BenchArgumentError, ComparisonError
@@ -19,12 +19,11 @@ from relay_benchmarks.workload import Shape
 OPTIONS = ThroughputOptions(requests=2, concurrency=2, shared=(0, 256), generate=3, rounds=2)
 
 
-class PretendEngine:
-    """Answers as an engine would; all calls of both engines go to one log."""
+class PretendEngine(PretendNeighbour):
+    """Answers as an engine would."""
 
     def __init__(self, side: Side, calls: list[tuple[str, Side]], seconds: float, stop_after: int = 10**6) -> None:
-        self.side = side
-        self.calls = calls
+        super().__init__(side, calls)
         self.seconds = seconds
         self.stop_after = stop_after
         self.last_token = 3
@@ -43,12 +42,6 @@ class PretendEngine:
             "cached_tokens": cached if self.cached is None else self.cached,
             "counters": gained if self.side is Side.RELAY else None,
         }
-
-    def cpu_seconds(self) -> float:
-        return 0.0
-
-    def wait_until_quiet(self) -> None:
-        self.calls.append(("quiet", self.side))
 
 
 def engines(stop_after: int = 10**6) -> tuple[dict[Side, PretendEngine], list[tuple[str, Side]]]:
