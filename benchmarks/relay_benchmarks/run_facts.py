@@ -62,8 +62,8 @@ class RunFacts:
         default = f"default of stock {stock['default_block_size']}, of relay {relay['default_block_size']}"
         return (
             f"\n{self.where()}; {versions}\n"
-            f"{self.model}, {stock['dtype']}, {stock['layers']} layers, {heads}; compilation {stock['compiled']} on "
-            f"both sides\n"
+            f"{self.model}, {stock['dtype']}, {stock['layers']} layers, {heads}; on both sides compilation "
+            f"{stock['compiled']} and model class {stock['model_class']}\n"
             f"stock, {BEST_OTHER}, runs {stock['backends'][0]}\n"
             f"relay runs {relay['backends'][0]}, kernel {check['kernel']}: "
             f"error {check['error']:.2g} of {check['budget']:.2g} allowed\n"

@@ -101,6 +101,12 @@ class ServeOptions(EngineOptions):
             require(shared >= 0, "--shared", shared, "0 or more tokens")
             require(shared == 0 or self.shares_text, "--shared", shared, f"0 with {self.named_workload}")
         require(
+            self.dataset is None or self.workload is Workload.CHAT,
+            "--workload",
+            self.workload,
+            "left out with --dataset-name",
+        )
+        require(
             self.workload is not Workload.IMAGE or self.api is not Api.COMPLETIONS,
             "--api",
             self.api,
@@ -448,7 +454,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--contexts", type=int, default=defaults.contexts, metavar="N", help="tenants, agents, documents (%(default)s)")
     add("--zipf", type=float, default=defaults.zipf, metavar="S", help="exponent of tenants' shares (%(default)s)")
-    add("--generate", type=int, default=defaults.generate, metavar="N", help="tokens of an answer (%(default)s)")
+    add(
+        "--generate",
+        type=int,
+        default=defaults.generate,
+        metavar="N",
+        help="tokens of an answer, but for datasets (%(default)s)",
+    )
     add("--request-rate", type=float, metavar="R", help="open loop: requests a second, as a Poisson process")
     add(
         "--max-concurrency",
@@ -466,8 +478,8 @@ def options_of(args: argparse.Namespace) -> ServeOptions:
     """Raises BenchArgumentError."""
     if args.dataset_path and not args.dataset_name:
         raise BenchArgumentError(f"--dataset-path {args.dataset_path} is of no dataset; give --dataset-name too")
-    if args.url and args.model:
-        raise BenchArgumentError(f"--url {args.url} serves its own model: leave out {args.model!r}")
+    if args.url:
+        _check_left_out(args)
     return ServeOptions(
         url=args.url,
         workload=Workload(args.workload),
@@ -484,6 +496,18 @@ def options_of(args: argparse.Namespace) -> ServeOptions:
         goodput=load.goodput_of(args.goodput),
         **run_options.chosen(args),
     )
+
+
+def _check_left_out(args: argparse.Namespace) -> None:
+    """A running server is measured as it is: raises BenchArgumentError for what is of servers that are started here."""
+    if args.model:
+        raise BenchArgumentError(f"--url {args.url} serves its own model: leave out {args.model!r}")
+    mine = ("dtype", "block_size", "max_model_len", "kv_cache_memory_bytes", "enforce_eager")
+    defaults = {**vars(ServeOptions()), "kv_cache_memory_bytes": ServeOptions().kv_cache_bytes, "server_flags": ""}
+    for name in (*mine, "server_flags"):
+        if (value := getattr(args, name)) != defaults[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise BenchArgumentError(f"{flag} {value} is of servers started here: leave it out with --url {args.url}")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -34,12 +34,11 @@ RELAY_CLASSES = {
     "builders": ["relay_serving.vllm_plugin.attention_backend.RelayCPUMetadataBuilder"],
 }
 _MUST_AGREE = (
-    *("vllm_version", "torch_version", "dtype", "layers", "query_heads", "key_heads", "head_size"),
+    *("vllm_version", "torch_version", "model_class", "dtype", "layers", "query_heads", "key_heads", "head_size"),
     *("max_model_len", "block_size", "block_sizes", "num_blocks", "compiled"),
 )
-LEAST_EQUAL = (
-    0.2  # of what a side agrees with itself; rounding leaves 0.6 of 32 tokens, another attention a few percent
-)
+# of what a side agrees with itself: rounding leaves 0.6 of 32 tokens, another attention a few percent
+LEAST_EQUAL = 0.2
 
 
 class Side(StrEnum):

@@ -37,6 +37,7 @@ class WorkerInspection:
             "max_model_len": model.max_model_len,
             "block_size": self.vllm_config.cache_config.block_size,
             "compiled": self.vllm_config.compilation_config.mode.name,
+            "model_class": _name(type(self.model_runner.get_model())),
             "layers": len(layers),
             "backends": sorted({_name(layer.get_attn_backend()) for layer in layers}),
             "implementations": sorted({_name(type(layer.impl)) for layer in layers}),

@@ -19,6 +19,7 @@ def described(side: Side) -> dict[str, Any]:
         **(STOCK_CLASSES if side is Side.STOCK else RELAY_CLASSES),
         "vllm_version": "0.32.0",
         "torch_version": "2",
+        "model_class": "vllm.Tiny",
         "dtype": "bfloat16",
         "layers": 2,
         "query_heads": 4,

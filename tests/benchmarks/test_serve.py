@@ -46,6 +46,10 @@ from relay_serving import embedded_model
         ({"shared": (8,), "workload": Workload.IMAGE}, "--shared 8"),
         ({"shared": (8,), "dataset": argparse.Namespace(dataset_name="random")}, "--shared 8"),
         ({"api": Api.COMPLETIONS, "workload": Workload.IMAGE}, "--api completions is not possible; it must be chat"),
+        (
+            {"workload": Workload.RAG, "dataset": argparse.Namespace(dataset_name="random")},
+            "--workload rag is not possible; it must be left out with --dataset-name",
+        ),
         ({"rounds": 0}, "--rounds 0"),
     ],
 )
@@ -100,6 +104,14 @@ def test_bad_input_is_one_line_before_anything_starts(
     error = capsys.readouterr().err
     assert says in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--block-size 32", "--dtype float32", "--enforce-eager", "--server-flags=--x"])
+def test_a_running_server_is_as_it_is(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "--url", "http://127.0.0.1:9", *flag.split()]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {flag.split()[0].partition('=')[0]} " in error
+    assert "leave it out with --url http://127.0.0.1:9" in error
 
 
 def test_a_dead_server_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
