@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from relay_benchmarks.errors import BenchArgumentError, RequestsFailedError
 from relay_benchmarks.machine import installed
+from relay_benchmarks.measured_server import register_model_class
 from relay_benchmarks.traffic import Ask
 
 PERCENTILES = (50, 90, 99)
@@ -213,6 +214,7 @@ def dataset_samples(dataset: argparse.Namespace, requests: int, seed: int, token
     """
     serve = library()
     args = argparse.Namespace(**{**vars(dataset), "num_prompts": requests, "seed": seed, "backend": api.backend})
+    register_model_class(tokenizer)  # transformers reads the config before the tokenizer
     with _explained(f"--dataset-name {args.dataset_name}"):
         tokens = serve.get_tokenizer(tokenizer, trust_remote_code=args.trust_remote_code)
         samples: list[Any] = serve.get_samples(args, tokens)
