@@ -7,25 +7,24 @@ Rows of the shapes that were measured by then are in the results file in every c
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from relay_benchmarks import drafting, kernel, refining, segmentation
-from relay_benchmarks.decode import DecodeOptions, Report, RunFacts, Workload, run_decode
-from relay_benchmarks.errors import BenchArgumentError
+from relay_benchmarks import drafting, kernel, load, refining, run_options, segmentation, serve, throughput
+from relay_benchmarks.decode import DecodeOptions, Report, Workload, run_decode
 from relay_benchmarks.machine import Machine
+from relay_benchmarks.pair import context_of, running_engines, shown_name
+from relay_benchmarks.plots import plot_path
 from relay_benchmarks.results_file import RESULTS_FOLDER, ResultsFile
-from relay_benchmarks.sides import Engine, Side, check_sides, close_all, environment_of
+from relay_benchmarks.run_facts import RunFacts
+from relay_benchmarks.run_options import integers
+from relay_benchmarks.sides import Side
 from relay_models.errors import RelayModelsError
 from relay_serving import embedded_model
-from relay_serving.errors import ModelNotFoundError, RelayServingError
+from relay_serving.errors import RelayServingError
 from relay_serving.settings import RelaySettings
 
 _DEFAULTS = DecodeOptions()
@@ -43,9 +42,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return run(parse(make_parser(), argv))
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m relay_benchmarks")
     _add_experiments(parser)
-    return run(parser.parse_args(argv))
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`; where one of vLLM's datasets is named, options of it are vLLM's own to read."""
+    given = list(sys.argv[1:] if words is None else words)
+    dataset = None
+    if "serve" in given and any(word.partition("=")[0] == "--dataset-name" for word in given):
+        try:
+            dataset, given = load.parse_dataset_options(given)
+        except RelayServingError as error:
+            parser.error(str(error))
+    args = parser.parse_args(given)
+    args.dataset = dataset
+    return args
 
 
 def _add_experiments(parser: argparse.ArgumentParser) -> None:
@@ -56,38 +73,32 @@ def _add_experiments(parser: argparse.ArgumentParser) -> None:
         description="Stock vLLM and relay in one run: two engines, alternated, one working at a time.",
     )
     add = decode.add_argument
-    add("model", nargs="?", help="hub id or folder; the embedded SmolLM2-135M-Instruct if left out")
     add(
         "--workload",
         choices=[workload.value for workload in Workload],
         default=_DEFAULTS.workload.value,
         help="shared: one prompt for all, or none: nothing shared, batches 1,64,256 (default: %(default)s)",
     )
-    add("--batch", type=_integers, default=(), metavar="N,...", help="requests decoding together (default: 64)")
-    add("--shared", type=_integers, default=(), metavar="N,...", help="shared tokens (default: 0,2432,7168)")
-    low, high = _DEFAULTS.question_tokens
-    add("--question", type=_range, default=(low, high), metavar="LOW-HIGH", help=f"question tokens ({low}-{high})")
+    add("--batch", type=integers, default=(), metavar="N,...", help="requests decoding together (default: 64)")
+    add("--shared", type=integers, default=(), metavar="N,...", help="shared tokens (default: 0,2432,7168)")
     add("--decode", type=int, default=_DEFAULTS.steps, metavar="N", help="timed steps a round (%(default)s)")
-    add("--rounds", type=int, default=_DEFAULTS.rounds, metavar="N", help="alternated pairs (%(default)s)")
-    add("--dtype", default=_DEFAULTS.dtype, choices=("bfloat16", "float16", "float32"), help="(%(default)s)")
-    add("--block-size", type=int, metavar="N", help="cache block of both sides (default: vLLM's)")
-    add("--max-model-len", type=int, metavar="N", help="context of both sides (default: the model's)")
-    add(
-        "--kv-cache-memory-bytes",
-        type=int,
-        default=_DEFAULTS.kv_cache_bytes,
-        metavar="N",
-        help="KV cache of each side (%(default)s)",
-    )
-    add(
-        "--enforce-eager",
-        action=argparse.BooleanOptionalAction,
-        default=_DEFAULTS.enforce_eager,
-        help="do not compile the model, on either side (default: compile, as the server does)",
-    )
-    add("--seed", type=int, default=_DEFAULTS.seed, metavar="N", help="of the prompts (%(default)s)")
-    add("--output", type=Path, metavar="CSV", help="append rows here (default: results/<machine>.csv of this package)")
+    run_options.add_arguments(decode, _DEFAULTS, "<machine>.csv")
     decode.set_defaults(run_experiment=_decode)
+    jobs = experiments.add_parser(
+        "throughput",
+        help="requests and tokens a second of a fixed batch job, against the length of a shared prompt",
+        description="A fixed number of requests, all given at once: stock vLLM and relay in one run, alternated.",
+    )
+    throughput.add_arguments(jobs)
+    jobs.set_defaults(run_experiment=throughput.run)
+    traffic = experiments.add_parser(
+        "serve",
+        help="latencies and throughput of servers under HTTP traffic that shares prompts",
+        description="Stock vLLM and relay as servers, alternated, or one running server: streamed requests over HTTP.",
+        allow_abbrev=False,
+    )
+    serve.add_arguments(traffic)
+    traffic.set_defaults(run_experiment=serve.run)
     layer = experiments.add_parser(
         "kernel",
         help="one layer's decode attention, kernel against kernel",
@@ -134,106 +145,28 @@ def _refining(args: argparse.Namespace) -> None:
     print(refining.report(refining.run(args)), flush=True)
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
-
-
-def _range(text: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
-    return int(low), int(high or low)
-
-
-_integers.__name__ = "list of whole numbers"  # argparse names the type by it
-_range.__name__ = "range"
-
-
 def _decode(args: argparse.Namespace) -> None:
     options = DecodeOptions(
         workload=Workload(args.workload),
         batch=args.batch,
         shared=args.shared,
-        question_tokens=args.question,
         steps=args.decode,
-        rounds=args.rounds,
-        dtype=args.dtype,
-        block_size=args.block_size,
-        max_model_len=args.max_model_len,
-        kv_cache_bytes=args.kv_cache_memory_bytes,
-        enforce_eager=args.enforce_eager,
-        seed=args.seed,
+        **run_options.chosen(args),
     )
     settings = RelaySettings.from_environment()
     results_file = ResultsFile(args.output or RESULTS_FOLDER / f"{Machine.here().name}.csv")
-    if args.model is not None:
-        _check_model(args.model, options)
+    if (context := context_of(args.model)) is not None:
+        options.check_context(min(context, options.max_model_len or context))
     results_file.prepare()
+    facts = RunFacts.now(shown_name(args.model))
+    picture = plot_path(args.plot, results_file.path, facts.began)
     model = args.model or str(embedded_model.prepare())
-    facts = RunFacts.now(_shown_name(args.model))
-
-    engines: dict[Side, Engine] = {}
-    report: Report | None = None
-    keeps_logs = True
-    try:
-        for side in Side:
-            engines[side] = Engine(side, environment_of(side, os.environ))
-        described = _start(engines, options.engine_args(model), settings, options.seed)
-        check_sides(described)
+    with running_engines(options.engine_args(model), settings, options.seed, facts.model) as (engines, described):
         options.check_context(described[Side.STOCK]["max_model_len"])
         options.check_cache(described[Side.STOCK]["num_blocks"], described[Side.STOCK]["block_size"])
         report = Report(facts, options, described, results_file)
-        run_decode(engines, options, described[Side.STOCK]["block_size"], report.keep)
-        keeps_logs = False
-    except (KeyboardInterrupt, BenchArgumentError):
-        keeps_logs = False  # nothing an engine did
-        raise
-    finally:
-        close_all(engines.values())
-        if not keeps_logs:
-            for engine in engines.values():
-                engine.forget_log()
-        if report is not None and report.rows:
-            print(report, flush=True)
-
-
-def _start(
-    engines: dict[Side, Engine], engine_args: dict[str, Any], settings: RelaySettings, seed: int
-) -> dict[Side, dict[str, Any]]:
-    """Start both at once; nothing is measured yet. Returns what each says of itself."""
-    began = time.monotonic()
-    for side, engine in engines.items():
-        print(f"starting {side} (log: {engine.log_path})", file=sys.stderr, flush=True)
-        ours = {"additional_config": settings.to_additional_config()} if side is Side.RELAY else {}
-        engine.request("start", engine_args={**engine_args, **ours})
-    described = {}
-    for side, engine in engines.items():
-        engine.answer()
-        described[side] = engine.call("describe", check_kernel=side is Side.RELAY, seed=seed)
-        backend = described[side]["backends"]
-        print(f"{side} is up after {time.monotonic() - began:.0f} s: {', '.join(backend)}", file=sys.stderr, flush=True)
-    return described
-
-
-def _check_model(model: str, options: DecodeOptions) -> None:
-    """What can be known of a model before a minute is spent on starting it twice."""
-    if not os.path.exists(model):
-        if model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ModelNotFoundError(f"no model folder at {model!r}; check the path, or leave it out")
-        return
-    config = Path(model) / "config.json"
-    if not config.is_file():
-        raise ModelNotFoundError(f"{model!r} holds no config.json; name the folder of a Hugging Face model")
-    try:
-        context = json.loads(config.read_text())["max_position_embeddings"]
-    except (ValueError, KeyError):
-        return
-    options.check_context(min(context, options.max_model_len or context))
-
-
-def _shown_name(model: str | None) -> str:
-    """The name in tables and rows: of a folder only its last part."""
-    if model is None:
-        return embedded_model.SMOLLM2
-    return Path(model).resolve().name if os.path.exists(model) else model
+        with report.told(picture):
+            run_decode(engines, options, described[Side.STOCK]["block_size"], report.keep)
 
 
 class _Interruptible:

@@ -6,25 +6,26 @@ flips each round; a ratio is taken within a round. Only steps in which every req
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from statistics import median
 from typing import Any, Protocol
 
-from relay_benchmarks.errors import BenchArgumentError, ComparisonError
-from relay_benchmarks.machine import Machine, commit, installed
+from relay_benchmarks.errors import BenchArgumentError
 from relay_benchmarks.measured_engine import SLACK_TOKENS
-from relay_benchmarks.results_file import ResultsFile
-from relay_benchmarks.sides import Side
-from relay_benchmarks.summary import equal_fraction, quantiles, spread_of_ratios, table
+from relay_benchmarks.pair import say
+from relay_benchmarks.pair_report import PairReport
+from relay_benchmarks.plots import Panel
+from relay_benchmarks.results_file import COUNTED
+from relay_benchmarks.rounds import Neighbour, beside, order_of, other_of
+from relay_benchmarks.run_facts import backend_and_kernel, notes, summed
+from relay_benchmarks.run_options import EngineOptions, require
+from relay_benchmarks.sides import Side, check_answers, check_warm
+from relay_benchmarks.summary import agreement, quantiles, spread_of_ratios, table
 from relay_benchmarks.workload import Shape, blocks_needed
 
-GIB = 1 << 30
 MAX_BATCH = 4096
 
 
@@ -37,48 +38,30 @@ _DEFAULT_BATCHES = {Workload.SHARED: (64,), Workload.NONE: (1, 64, 256)}
 _DEFAULT_SHARED = {Workload.SHARED: (0, 2432, 7168), Workload.NONE: (0,)}
 
 
-@dataclass(frozen=True)
-class DecodeOptions:
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(EngineOptions):
     """What is measured. Empty `batch` and `shared` stand for the workload's own.
 
     Attributes:
-        question_tokens: shortest and longest question.
         steps: timed decode steps of one side in one round.
-        block_size, max_model_len: None is vLLM's default, on both sides.
-        kv_cache_bytes: of each side.
     """
 
     workload: Workload = Workload.SHARED
     batch: tuple[int, ...] = ()
     shared: tuple[int, ...] = ()
-    question_tokens: tuple[int, int] = (8, 60)
     steps: int = 32
     rounds: int = 7
-    dtype: str = "bfloat16"
-    block_size: int | None = None
-    max_model_len: int | None = None
-    kv_cache_bytes: int = 2 * GIB
-    enforce_eager: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "batch", self.batch or _DEFAULT_BATCHES[self.workload])
         object.__setattr__(self, "shared", self.shared or _DEFAULT_SHARED[self.workload])
         for batch in self.batch:
-            _require(1 <= batch <= MAX_BATCH, "--batch", batch, f"1 to {MAX_BATCH}")
+            require(1 <= batch <= MAX_BATCH, "--batch", batch, f"1 to {MAX_BATCH}")
         for shared in self.shared:
-            _require(shared >= 0, "--shared", shared, "0 or more tokens")
-            _require(shared == 0 or self.workload is Workload.SHARED, "--shared", shared, "0 with --workload none")
-        low, high = self.question_tokens
-        _require(1 <= low <= high, "--question", f"{low}-{high}", "LOW-HIGH with 1 <= LOW <= HIGH")
-        _require(self.steps >= 1, "--decode", self.steps, "1 step or more")
-        _require(self.rounds >= 1, "--rounds", self.rounds, "1 or more")
-        _require(self.block_size is None or self.block_size >= 1, "--block-size", self.block_size, "1 token or more")
-        _require(
-            self.max_model_len is None or self.max_model_len >= 1, "--max-model-len", self.max_model_len, "1 or more"
-        )
-        _require(self.kv_cache_bytes >= 1 << 20, "--kv-cache-memory-bytes", self.kv_cache_bytes, "at least 1 MiB")
-        _require(0 <= self.seed < 2**32, "--seed", self.seed, "0 to 2^32 - 1")
+            require(shared >= 0, "--shared", shared, "0 or more tokens")
+            require(shared == 0 or self.workload is Workload.SHARED, "--shared", shared, "0 with --workload none")
+        require(self.steps >= 1, "--decode", self.steps, "1 step or more")
 
     def shapes(self) -> list[Shape]:
         return [
@@ -90,11 +73,12 @@ class DecodeOptions:
     def check_context(self, max_model_len: int) -> None:
         """Raises BenchArgumentError if the longest request does not fit."""
         longest = max(self.shared) + self.question_tokens[1] + self.steps + SLACK_TOKENS
-        if longest > max_model_len:
-            raise BenchArgumentError(
-                f"--shared {max(self.shared)} + a question of {self.question_tokens[1]} + --decode {self.steps} + "
-                f"{SLACK_TOKENS} spare tokens make {longest}, over the model's context of {max_model_len}; shorten one"
-            )
+        self.check_fits(
+            f"--shared {max(self.shared)} + a question of {self.question_tokens[1]} + --decode {self.steps} + "
+            f"{SLACK_TOKENS} spare tokens",
+            longest,
+            max_model_len,
+        )
 
     def check_cache(self, num_blocks: int, block_size: int) -> None:
         """Raises BenchArgumentError if a batch would not fit into the KV cache all at once."""
@@ -108,36 +92,15 @@ class DecodeOptions:
                 )
 
     def engine_args(self, model: str) -> dict[str, Any]:
-        """vLLM's engine arguments, the same on both sides; what is left out is vLLM's default."""
-        chosen = {
-            "model": model,
-            "dtype": self.dtype,
-            "block_size": self.block_size,
-            "max_model_len": self.max_model_len,
-            "kv_cache_memory_bytes": self.kv_cache_bytes,
-            "enforce_eager": self.enforce_eager,
-            "max_num_seqs": max(128, *self.batch),
-            "enable_prefix_caching": True,
-            "seed": self.seed,
-        }
-        return {name: value for name, value in chosen.items() if value is not None}
+        return self.vllm_arguments(model, max_num_seqs=max(128, *self.batch))
 
 
-def _require(holds: bool, flag: str, value: object, expected: str) -> None:
-    if not holds:
-        raise BenchArgumentError(f"{flag} {value} is not possible; it must be {expected}")
-
-
-class Measured(Protocol):
+class Measured(Neighbour, Protocol):
     """What `run_decode` asks of an engine; `sides.Engine` is one."""
 
     def warm(self, shape: Shape, seed: int) -> None: ...
 
     def measure(self, shape: Shape, seed: int, steps: int) -> dict[str, Any]: ...
-
-    def cpu_seconds(self) -> float: ...
-
-    def wait_until_quiet(self) -> None: ...
 
 
 @dataclass
@@ -156,9 +119,6 @@ class SideResult:
 
     def all_ms(self, rounds: int) -> list[float]:
         return [1e3 * step for seconds in self.seconds[:rounds] for step in seconds]
-
-    def counter(self, name: str, rounds: int) -> int:
-        return sum(counters[name] for counters in self.counters[:rounds])
 
 
 @dataclass
@@ -180,13 +140,12 @@ def run_decode(
         result = ShapeResult(shape)
         try:
             for side in Side:
-                _say(f"{_named(shape)}: warming {side}")
+                say(f"{_named(shape)}: warming {side}")
                 engines[side].warm(shape, options.seed)
             for number in range(options.rounds):
-                order = tuple(Side) if number % 2 == 0 else tuple(reversed(Side))
-                for side in order:
+                for side in order_of(number, tuple(Side)):
                     _measure(engines, side, result, options, block_size)
-                _say(_progress(result, options.rounds))
+                say(_progress(result, options.rounds))
         finally:
             if result.rounds:
                 keep(result)
@@ -195,17 +154,10 @@ def run_decode(
 def _measure(
     engines: Mapping[Side, Measured], side: Side, result: ShapeResult, options: DecodeOptions, block_size: int
 ) -> None:
-    other = engines[Side.RELAY if side is Side.STOCK else Side.STOCK]
-    other.wait_until_quiet()
-    before, began = other.cpu_seconds(), time.perf_counter()
-    measured = engines[side].measure(result.shape, options.seed, options.steps)
-    others_cpu = (other.cpu_seconds() - before) / max(time.perf_counter() - began, 1e-9)
-    in_full_blocks = result.shape.shared_tokens // block_size * block_size
-    if measured["cached_tokens"] < in_full_blocks:
-        raise ComparisonError(
-            f"the {side} engine found {measured['cached_tokens']} of {in_full_blocks} shared tokens in its prefix "
-            "cache; the cache was to be warm. Pass a larger --kv-cache-memory-bytes"
-        )
+    measured, others_cpu = beside(
+        engines[other_of(side)], partial(engines[side].measure, result.shape, options.seed, options.steps)
+    )
+    check_warm(side, measured["cached_tokens"], result.shape.shared_tokens, block_size)
     kept = result.sides[side]
     kept.seconds.append(measured["seconds"])
     kept.tokens.append(measured["tokens"])
@@ -228,54 +180,15 @@ def _progress(result: ShapeResult, rounds: int) -> str:
     )
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 # ---------------------------------------------------------------- rows
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What is the same in every row of a run."""
-
-    began: str
-    machine: Machine
-    load_at_start: float
-    commit: str
-    model: str
-
-    @classmethod
-    def now(cls, model: str) -> RunFacts:
-        return cls(
-            began=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            machine=Machine.here(),
-            load_at_start=os.getloadavg()[0],
-            commit=commit(),
-            model=model,
-        )
-
-
-class Report:
-    """Turns finished shapes into rows, appends them at once, and prints the table at the end."""
-
-    def __init__(
-        self,
-        facts: RunFacts,
-        options: DecodeOptions,
-        described: Mapping[Side, Mapping[str, Any]],
-        results_file: ResultsFile,
-    ) -> None:
-        self._facts = facts
-        self._options = options
-        self._described = described
-        self._file = results_file
-        self.rows: list[dict[Side, dict[str, Any]]] = []
+class Report(PairReport[DecodeOptions]):
+    """Turns finished shapes into rows."""
 
     def keep(self, result: ShapeResult) -> None:
         pair = {side: self._row(result, side) for side in Side}
-        self._file.append(list(pair.values()))
-        self.rows.append(pair)
+        self._append(pair)
 
     def _row(self, result: ShapeResult, side: Side) -> dict[str, Any]:
         rounds, shape, facts = result.rounds, result.shape, self._facts
@@ -283,6 +196,9 @@ class Report:
         stock, relay = result.sides[Side.STOCK], result.sides[Side.RELAY]
         times = quantiles(mine.all_ms(rounds))
         speedup = spread_of_ratios(stock.round_medians_ms(rounds), relay.round_medians_ms(rounds))
+        equal, *of_itself = agreement(stock.tokens[:rounds], relay.tokens[:rounds])
+        equal_to_itself = dict(zip(Side, of_itself, strict=True))
+        check_answers(_named(shape), equal, min(of_itself))
         no_prompt = next(
             (
                 pair[side]["p50_ms"]
@@ -292,23 +208,9 @@ class Report:
             times.p50 if shape.shared_tokens == 0 else None,
         )
         return {
-            "time": facts.began,
+            **facts.columns(described),
             "status": "complete" if rounds == self._options.rounds else "partial",
-            "machine": facts.machine.name,
-            "cpu": facts.machine.cpu,
-            "cores": facts.machine.cores,
-            "memory_gib": facts.machine.memory_gib,
-            "load_at_start": round(facts.load_at_start, 2),
-            "commit": facts.commit,
-            "relay_version": installed("vllm-relay"),
-            "model": facts.model,
-            **{
-                name: described[name]
-                for name in (
-                    *("vllm_version", "torch_version", "dtype", "layers", "query_heads", "key_heads", "head_size"),
-                    *("compiled", "block_size", "default_block_size"),
-                )
-            },
+            **{name: described[name] for name in ("block_size", "default_block_size")},
             "workload": self._options.workload.value,
             "batch": shape.batch,
             "shared_tokens": shape.shared_tokens,
@@ -317,8 +219,7 @@ class Report:
             "cache": "warm" if min(mine.cached_tokens[:rounds]) else "nothing shared",
             "seed": self._options.seed,
             "side": side.value,
-            "backend": described["backends"][0].rpartition(".")[2],
-            "kernel": self._described[Side.RELAY]["kernel_check"]["kernel"] if side is Side.RELAY else "vLLM",
+            **backend_and_kernel(side, self._described),
             "rounds": rounds,
             "p20_ms": round(times.p20, 3),
             "p50_ms": round(times.p50, 3),
@@ -328,17 +229,16 @@ class Report:
             "speedup_min": round(speedup.min, 4),
             "speedup_max": round(speedup.max, 4),
             "ratio_to_no_prompt": "" if no_prompt is None else round(times.p50 / no_prompt, 3),
-            "equal_tokens": round(_mean_equality(stock.tokens[:rounds], relay.tokens[:rounds]), 4),
-            "self_equal_tokens": round(_mean_equality(mine.tokens[:rounds], [mine.tokens[0]] * rounds), 4),
+            "equal_tokens": round(equal, 4),
+            "self_equal_tokens": round(equal_to_itself[side], 4),
             "other_side_cpu_percent": round(100 * max(mine.others_cpu[:rounds]), 1),
             **self._counted(mine, rounds, times.p50),
         }
 
     def _counted(self, mine: SideResult, rounds: int, step_ms: float) -> dict[str, Any]:
-        names = ("relay_steps", "eligible_steps", "steps", "layer_calls", "kv_tokens_saved")
+        counts = summed(mine.counters[:rounds], COUNTED)
         if not mine.counters:
-            return dict.fromkeys((*names, "planning_us", "planning_percent"), "")
-        counts: dict[str, Any] = {name: mine.counter(name, rounds) for name in names}
+            return {**counts, "planning_us": "", "planning_percent": ""}
         # a group of cache layers counts its own steps; a model step plans once for each
         groups = self._described[Side.RELAY]["cache_groups"]
         timed_steps, planning_ns = (
@@ -360,26 +260,13 @@ class Report:
             [
                 self._heading(),
                 table(header, [self._cells(pair) for pair in self.rows]),
-                *self._verdicts(),
-                self._where(),
+                *self._ending(self._verdicts()),
             ]
         )
 
     def _heading(self) -> str:
-        facts, stock, relay = self._facts, self._described[Side.STOCK], self._described[Side.RELAY]
-        check = relay["kernel_check"]
-        versions = f"vLLM {stock['vllm_version']}, torch {stock['torch_version']}, vllm-relay {installed('vllm-relay')}"
-        heads = f"{stock['query_heads']}/{stock['key_heads']} heads of {stock['head_size']}"
-        error = f"error {check['error']:.2g} of {check['budget']:.2g} allowed"
-        default = f"default of stock {stock['default_block_size']}, of relay {relay['default_block_size']}"
         return (
-            f"\n{facts.machine.cpu}, {facts.machine.cores} cores, {facts.machine.memory_gib} GiB\n"
-            f"commit {facts.commit}; {versions}\n"
-            f"{facts.model}, {stock['dtype']}, {stock['layers']} layers, {heads}; compilation {stock['compiled']} on "
-            f"both sides\n"
-            f"stock runs {stock['backends'][0]}\n"
-            f"relay runs {relay['backends'][0]}, kernel {check['kernel']}: {error}\n"
-            f"block size {stock['block_size']} on both sides ({default})\n"
+            f"{self._facts.heading(self._described)}"
             f"warm prefix cache; seed {self._options.seed}; ms a token over {self._options.steps} decode steps a "
             "round, ratios within a round\n"
         )
@@ -410,20 +297,15 @@ class Report:
                     f"({1 / relay['speedup_max']:.3f}-{1 / relay['speedup_min']:.3f}) over {rounds}; "
                     f"planning {relay['planning_us']:.1f} us, {relay['planning_percent']:.3f} % of a step"
                 )
-            disturbed = max(stock["other_side_cpu_percent"], relay["other_side_cpu_percent"])
-            if disturbed > 2:
-                lines.append(
-                    f"NOTE batch {relay['batch']}, {relay['shared_tokens']} shared: the idle engine used {disturbed} % "
-                    "of a core while the other was measured"
-                )
-            if relay["status"] == "partial":
-                lines.append(f"NOTE batch {relay['batch']}, {relay['shared_tokens']} shared: cut short after {rounds}")
-        return ["", *lines] if lines else []
+            lines += notes(f"batch {relay['batch']}, {relay['shared_tokens']} shared", (stock, relay))
+        return lines
 
-    def _where(self) -> str:
-        return f"\n{2 * len(self.rows)} rows of {self._facts.began} appended to {self._file.path}"
-
-
-def _mean_equality(first: list[list[list[int]]], second: list[list[list[int]]]) -> float:
-    fractions = [equal_fraction(left, right) for left, right in zip(first, second, strict=True)]
-    return sum(fractions) / len(fractions)
+    def panels(self) -> list[Panel]:
+        return [
+            Panel(
+                f"batch {batch}",
+                "ms a token (p50)",
+                self._points("p50_ms", [pair for pair in self.rows if pair[Side.STOCK]["batch"] == batch]),
+            )
+            for batch in dict.fromkeys(pair[Side.STOCK]["batch"] for pair in self.rows)
+        ]

@@ -5,6 +5,7 @@ RelayServingError                 exit status 1
 │   ├── BenchArgumentError           an argument, or a combination, that cannot be measured
 │   └── ResultsFileError             the CSV file cannot be appended to
 ├── EngineFailedError             an engine of the benchmark did not start, or died
+├── RequestsFailedError           a server refused requests, or is gone
 ├── ComparisonError               a side is not what it is called, or the sides differ where they must not
 └── KernelCheckError              the kernel computes wrong values, so its speed means nothing
 """
@@ -23,6 +24,10 @@ class ResultsFileError(UsageError):
 
 
 class EngineFailedError(RelayServingError):
+    pass
+
+
+class RequestsFailedError(RelayServingError):
     pass
 
 

@@ -22,11 +22,13 @@ from pathlib import Path
 
 import torch
 
+from relay_benchmarks import plots
 from relay_benchmarks.errors import BenchArgumentError, KernelCheckError
 from relay_benchmarks.kernel_peers import AbsentError, Layer, Peer, peers_for
 from relay_benchmarks.kernel_steps import KernelStep, Shape
 from relay_benchmarks.machine import Machine, commit, installed
 from relay_benchmarks.results_file import RESULTS_FOLDER, ResultsFile
+from relay_benchmarks.run_options import integers
 from relay_benchmarks.summary import Quantiles, quantiles, table
 from relay_serving.errors import RelayServingError
 
@@ -229,9 +231,9 @@ def _one_line(error: BaseException) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
-    add("--requests", type=_integers, metavar="N,...", help="in a step (default: 16,64,256 on a GPU, 64 on a CPU)")
-    add("--shared", type=_integers, metavar="N,...", help="tokens (default: 512,2048,8192,32768; on a CPU 0,2048,7168)")
-    add("--groups", type=_integers, metavar="N,...", help="prompts, taken in turn (default: 1,4,16; on a CPU 1,4)")
+    add("--requests", type=integers, metavar="N,...", help="in a step (default: 16,64,256 on a GPU, 64 on a CPU)")
+    add("--shared", type=integers, metavar="N,...", help="tokens (default: 512,2048,8192,32768; on a CPU 0,2048,7168)")
+    add("--groups", type=integers, metavar="N,...", help="prompts, taken in turn (default: 1,4,16; on a CPU 1,4)")
     add("--heads", type=_heads, metavar="N:K,...", help="query and key heads (default: 64:8,32:8,32:32; on a CPU 9:3)")
     add("--head-size", type=int, metavar="N", help="(default: 128; on a CPU 64)")
     add("--block-size", type=int, metavar="N", help="tokens of a cache block (default: 16; on a CPU 128)")
@@ -346,28 +348,18 @@ def _chosen(peers: list[Peer], names: Sequence[str] | None) -> list[Peer]:
     return [known[name] for name in names] if names else peers
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
-
-
 def _heads(text: str) -> tuple[tuple[int, int], ...]:
     pairs = [word.split(":") for word in text.split(",")]
     return tuple((int(query), int(key)) for query, key in pairs)
 
 
-_integers.__name__, _heads.__name__ = "list of whole numbers", "list of pairs N:K"  # argparse names types by them
+_heads.__name__ = "list of pairs N:K"  # argparse names the type by it
 
 
 def draw(rows: Sequence[dict[str, object]], path: Path) -> None:
     """Time of a layer against shared tokens, a line a kernel, a panel for the groups of the most requests. Raises
     BenchArgumentError where matplotlib is not installed."""
-    try:
-        import matplotlib as mpl  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError as error:
-        raise BenchArgumentError("--plot needs matplotlib, which is not installed; the rows are kept") from error
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
+    plt = plots.pyplot()
     timed = [row for row in rows if row["status"] == TIMED]
     heads = (timed[0]["query_heads"], timed[0]["key_heads"]) if timed else (0, 0)
     most = max((int(str(row["requests"])) for row in timed), default=0)

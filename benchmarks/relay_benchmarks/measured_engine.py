@@ -1,8 +1,9 @@
 """The child of a benchmark: one vLLM engine that answers its parent's commands one at a time.
 
 Run as `python -m relay_benchmarks.measured_engine FD`; FD is a socket. Commands: start → describe, then for each shape
-warm, then measure as often as asked, and at the end stop. Which attention it runs is decided by its environment alone
-(VLLM_PLUGINS). Every process vLLM spawns imports this module again, so nothing heavy is imported at its top.
+warm, then measure as often as asked, or complete, and at the end stop. Which attention it runs is decided by its
+environment alone (VLLM_PLUGINS). Every process vLLM spawns imports this module again, so nothing heavy is imported at
+its top.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from multiprocessing.connection import Connection
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
+from relay_benchmarks.child_process import end_with_the_parent
 from relay_benchmarks.worker_inspection import EXTENSION
 from relay_benchmarks.workload import Shape, make_prompts, make_shared_prompt
 
 SLACK_TOKENS = 64  # requests begin a few steps apart, and the first may not end before the last has begun
-_PR_SET_PDEATHSIG = 1
 
 
 class MeasuredEngine:
@@ -39,34 +40,17 @@ class MeasuredEngine:
         self._requests = 0
 
     def describe(self, check_kernel: bool, seed: int) -> dict[str, Any]:
-        import torch
-        import vllm
-
-        model, parallel = self._config.model_config, self._config.parallel_config
         return {
             **self._engine.collective_rpc("relay_bench_describe")[0],
             "kernel_check": self._engine.collective_rpc("relay_bench_check_kernel", args=(seed,))[0]
             if check_kernel
             else None,
-            "vllm_version": vllm.__version__,
-            "torch_version": torch.__version__,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "query_heads": model.get_num_attention_heads(parallel),
-            "key_heads": model.get_num_kv_heads(parallel),
-            "head_size": model.get_head_size(),
-            "max_model_len": model.max_model_len,
-            "block_size": self._config.cache_config.block_size,
             "default_block_size": self._default_block_size,
-            "compiled": self._config.compilation_config.mode.name,
         }
 
     def warm(self, shape: Shape, seed: int) -> None:
         """Put the shared prompt into the prefix cache, then decode once so that nothing is run for the first time."""
-        shared = make_shared_prompt(shape, self._vocabulary, seed)
-        if shared:
-            self._add(shared, generate=1)
-            while self._engine.has_unfinished_requests():
-                self._engine.step()
+        self._cache_shared(shape, seed)
         self.measure(shape, seed, steps=2)
 
     def measure(self, shape: Shape, seed: int, steps: int) -> dict[str, Any]:
@@ -107,8 +91,44 @@ class MeasuredEngine:
             "timed_counters": _gained(timed_from, timed_to),
         }
 
+    def complete(self, shape: Shape, seed: int, generate: int, is_warm: bool) -> dict[str, Any]:
+        """Answer all requests, `generate` tokens each, as a batch job does: timed from the first to the last token.
+
+        The prefix cache is emptied before; if `is_warm`, the shared prompt alone is put into it, not timed. Returns as
+        `measure`, with `seconds` a number.
+        """
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be emptied")
+        if is_warm:
+            self._cache_shared(shape, seed)
+        counters_before = self._counters()
+        prompts = make_prompts(shape, self._vocabulary, seed)
+        tokens: dict[str, list[int]] = {}
+        cached: dict[str, int] = {}
+        began = time.perf_counter()
+        for prompt in prompts:
+            tokens[self._add(prompt, generate)] = []
+        while self._engine.has_unfinished_requests():
+            self._step(tokens, cached)
+        seconds = time.perf_counter() - began
+        return {
+            "seconds": seconds,
+            "tokens": list(tokens.values()),
+            "prompt_tokens": sum(map(len, prompts)),
+            "cached_tokens": min(cached.values()),
+            "counters": _gained(counters_before, self._counters()),
+        }
+
     def close(self) -> None:
         self._engine.engine_core.shutdown(timeout=2.0)
+
+    def _cache_shared(self, shape: Shape, seed: int) -> None:
+        """Compute the shared prompt, so that its full blocks are in the prefix cache."""
+        shared = make_shared_prompt(shape, self._vocabulary, seed)
+        if shared:
+            self._add(shared, generate=1)
+            while self._engine.has_unfinished_requests():
+                self._engine.step()
 
     def _add(self, prompt: list[int], generate: int) -> str:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -175,7 +195,7 @@ def _default_block_size(engine_args: dict[str, Any]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    _end_with_the_parent()
+    end_with_the_parent()
     descriptor = int(argv[0])
     os.set_inheritable(descriptor, False)
     engine: MeasuredEngine | None = None
@@ -200,19 +220,6 @@ def main(argv: list[str]) -> int:
             if engine is not None:
                 engine.close()
     return 0
-
-
-def _end_with_the_parent() -> None:
-    """SIGTERM ends the engine in order; Linux sends it too if the parent is killed outright."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,21 @@ from relay_benchmarks.errors import ResultsFileError
 
 RESULTS_FOLDER = Path(__file__).parent / "results"
 
-DECODE_COLUMNS = (
+RUN_COLUMNS = (
     *("time", "status", "machine", "cpu", "cores", "memory_gib", "load_at_start", "commit"),
     *("relay_version", "vllm_version", "torch_version"),
-    *("model", "dtype", "layers", "query_heads", "key_heads", "head_size", "compiled"),
+)
+ENGINE_COLUMNS = ("model", "dtype", "layers", "query_heads", "key_heads", "head_size", "compiled")
+COUNTED = ("relay_steps", "eligible_steps", "steps", "layer_calls", "kv_tokens_saved")
+DECODE_COLUMNS = (
+    *RUN_COLUMNS,
+    *ENGINE_COLUMNS,
     *("workload", "batch", "shared_tokens", "question_tokens", "decode_steps", "block_size", "default_block_size"),
     *("cache", "seed", "side", "backend", "kernel", "rounds"),
     *("p20_ms", "p50_ms", "p80_ms", "round_medians_ms", "speedup_median", "speedup_min", "speedup_max"),
     *("ratio_to_no_prompt", "equal_tokens", "self_equal_tokens", "other_side_cpu_percent"),
-    *("relay_steps", "eligible_steps", "steps", "layer_calls", "kv_tokens_saved", "planning_us", "planning_percent"),
+    *COUNTED,
+    *("planning_us", "planning_percent"),
 )
 
 

@@ -4,32 +4,24 @@ An engine's life: launch → start (a minute) → describe → warm and measure 
 distribution's code, but only relay's VLLM_PLUGINS names the plugin: what that makes of each is read back from its
 worker and checked.
 
-Promises: when `close_all` returns, no process of the engines is alive. Should this process be killed outright, they
-end by themselves.
+Promises: when `processes.close_all` returns, no process of the engines is alive. Should this process be killed
+outright, they end by themselves.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import psutil
-
-from relay_benchmarks.errors import ComparisonError, EngineFailedError, KernelCheckError
+from relay_benchmarks.errors import ComparisonError, KernelCheckError
+from relay_benchmarks.processes import MeasuredProcess
 from relay_benchmarks.workload import Shape
 from relay_serving import plugin_names, start_defaults
 from relay_serving.settings import KILL_SWITCH, cache_folder
-from relay_serving.start_failure import StartLog, in_one_line
 
 STOCK_CLASSES = {
     "backends": ["vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"],
@@ -42,13 +34,11 @@ RELAY_CLASSES = {
     "builders": ["relay_serving.vllm_plugin.attention_backend.RelayCPUMetadataBuilder"],
 }
 _MUST_AGREE = (
-    *("vllm_version", "torch_version", "dtype", "layers", "query_heads", "key_heads", "head_size"),
+    *("vllm_version", "torch_version", "model_class", "dtype", "layers", "query_heads", "key_heads", "head_size"),
     *("max_model_len", "block_size", "block_sizes", "num_blocks", "compiled"),
 )
-_STOP_SECONDS = 12.0
-_TERMINATE_SECONDS = 3.0
-_QUIET_WINDOW = 0.25
-_QUIET_SECONDS = 6.0  # an idle vLLM worker polls for one second before it sleeps
+# of what a side agrees with itself: rounding leaves 0.6 of 32 tokens, another attention a few percent
+LEAST_EQUAL = 0.2
 
 
 class Side(StrEnum):
@@ -56,26 +46,18 @@ class Side(StrEnum):
     RELAY = "relay"
 
 
-class Engine:
-    """The parent's end of one engine process, in a session of its own so that a Ctrl-C does not reach it."""
+class Engine(MeasuredProcess):
+    """The parent's end of one engine process."""
+
+    kind = "engine"
 
     def __init__(self, side: Side, environment: Mapping[str, str]) -> None:
         self.side = side
-        self._seen: dict[int, psutil.Process] = {}
         self._owes_an_answer = False
         ours, theirs = socket.socketpair()
-        log_descriptor, log_name = tempfile.mkstemp(prefix=f"vllm-relay-bench-{side}-", suffix=".log")
-        self.log_path = Path(log_name)
-        with theirs, os.fdopen(log_descriptor, "wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "relay_benchmarks.measured_engine", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=dict(environment),
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
+        with theirs:
+            command = [sys.executable, "-m", "relay_benchmarks.measured_engine", str(theirs.fileno())]
+            super().__init__(side, command, environment, pass_fds=[theirs.fileno()])
         self._pipe = Connection(ours.detach())
 
     def request(self, command: str, **arguments: Any) -> None:
@@ -84,20 +66,20 @@ class Engine:
         try:
             self._pipe.send((command, arguments))
         except OSError as error:
-            raise self._failure(None) from error
+            raise self.failure() from error
 
     def answer(self) -> Any:
         """Raises EngineFailedError if the engine refuses or dies instead."""
         while not self._pipe.poll(0.2):
-            if self._process.poll() is not None and not self._pipe.poll(0):
-                raise self._failure(None)
+            if self.has_ended() and not self._pipe.poll(0):
+                raise self.failure()
         try:
             status, value = self._pipe.recv()
         except (EOFError, OSError) as error:
-            raise self._failure(None) from error
+            raise self.failure() from error
         self._owes_an_answer = False
         if status == "failed":
-            raise self._failure(value)
+            raise self.failure(value)
         return value
 
     def call(self, command: str, **arguments: Any) -> Any:
@@ -111,103 +93,23 @@ class Engine:
         answer: dict[str, Any] = self.call("measure", shape=shape, seed=seed, steps=steps)
         return answer
 
-    def cpu_seconds(self) -> float:
-        """Processor time that all processes of this engine have used."""
-        total = 0.0
-        for process in self._processes():
-            try:
-                times = process.cpu_times()
-            except psutil.Error:
-                continue
-            total += times.user + times.system
-        return total
-
-    def wait_until_quiet(self) -> None:
-        """Return once the engine uses less than a tenth of a core, or after a few seconds."""
-        deadline = time.monotonic() + _QUIET_SECONDS
-        while time.monotonic() < deadline:
-            before = self.cpu_seconds()
-            time.sleep(_QUIET_WINDOW)
-            if self.cpu_seconds() - before < 0.1 * _QUIET_WINDOW:
-                return
+    def complete(self, shape: Shape, seed: int, generate: int, is_warm: bool) -> dict[str, Any]:
+        answer: dict[str, Any] = self.call("complete", shape=shape, seed=seed, generate=generate, is_warm=is_warm)
+        return answer
 
     def begin_close(self) -> None:
-        """Ask it to end, without waiting."""
         self._processes()
         if self._owes_an_answer:  # it will not read the word before it has given it
             self._process.terminate()
-        else:
-            self._ask_to_stop()
-
-    def close(self) -> None:
-        """End every process: by a word, then by SIGTERM, then by SIGKILL. Once `begin_close` was called."""
-        for seconds, end in ((_STOP_SECONDS, self._process.terminate), (_TERMINATE_SECONDS, self._kill)):
-            if self._wait(seconds):
-                break
-            end()
-        self._kill()
-        self._process.wait()
-        self._pipe.close()
-
-    def _ask_to_stop(self) -> None:
+            return
         try:
             self._pipe.send(("stop", {}))
         except OSError:
             pass
 
-    def forget_log(self) -> None:
-        """Remove the log of an engine that did its work."""
-        self.log_path.unlink(missing_ok=True)
-
-    def _wait(self, seconds: float) -> bool:
-        """Whether the process has ended by then."""
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def _processes(self) -> list[psutil.Process]:
-        """The engine and its descendants; those seen once are remembered, whoever is their parent by then."""
-        try:
-            root = psutil.Process(self._process.pid)
-            for process in (root, *root.children(recursive=True)):
-                self._seen.setdefault(process.pid, process)
-        except psutil.Error:
-            pass
-        return [process for process in self._seen.values() if process.is_running()]
-
-    def _kill(self) -> None:
-        processes = self._processes()
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
-        for process in processes:
-            try:
-                process.kill()
-            except psutil.Error:
-                pass
-        psutil.wait_procs([process for process in processes if process.pid != self._process.pid], timeout=5)
-
-    def _failure(self, message: str | None) -> EngineFailedError:
-        if message is None:
-            self._wait(2.0)  # a connection closes a little before its process ends
-        log = StartLog()
-        for line in self.log_path.read_text(errors="replace").splitlines():
-            log.shows(line)
-        status = self._process.poll()
-        fallback = message or (f"it ended with status {status}" if status is not None else "it closed its connection")
-        reason = in_one_line(log.reason() or fallback).rstrip(".")
-        return EngineFailedError(f"the {self.side} engine failed: {reason}. Full log: {self.log_path}")
-
-
-def close_all(engines: Collection[Engine]) -> None:
-    """All at the same time: each takes seconds."""
-    for engine in engines:
-        engine.begin_close()
-    for engine in engines:
-        engine.close()
+    def close(self) -> None:
+        super().close()
+        self._pipe.close()
 
 
 def environment_of(side: Side, users: Mapping[str, str]) -> dict[str, str]:
@@ -222,7 +124,7 @@ def environment_of(side: Side, users: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def check_sides(described: Mapping[Side, Mapping[str, Any]]) -> None:
+def check_sides(described: Mapping[Side, Mapping[str, Any]], model: str = "this model") -> None:
     """Raises ComparisonError unless stock is stock, relay is relay, and nothing else differs; KernelCheckError."""
     for side, classes in ((Side.STOCK, STOCK_CLASSES), (Side.RELAY, RELAY_CLASSES)):
         for kind, expected in classes.items():
@@ -237,12 +139,36 @@ def check_sides(described: Mapping[Side, Mapping[str, Any]]) -> None:
         stock, relay = described[Side.STOCK][name], described[Side.RELAY][name]
         if stock != relay:
             raise ComparisonError(f"the engines differ in {name}: stock {stock}, relay {relay}; nothing was timed")
-    _check_kernel_passed(described[Side.RELAY]["kernel_check"])
+    _check_kernel_passed(described[Side.RELAY]["kernel_check"], model)
 
 
-def _check_kernel_passed(found: Mapping[str, Any]) -> None:
+def check_warm(side: Side, cached_tokens: int, shared_tokens: int, block_size: int) -> None:
+    """Raises ComparisonError unless every request found the shared prompt's full blocks in the prefix cache."""
+    in_full_blocks = shared_tokens // block_size * block_size
+    if cached_tokens < in_full_blocks:
+        raise ComparisonError(
+            f"the {side} engine found {cached_tokens} of {in_full_blocks} shared tokens in its prefix cache; the cache "
+            "was to be warm. Pass a larger --kv-cache-memory-bytes"
+        )
+
+
+def check_answers(where: str, equal: float, self_equal: float) -> None:
+    """Raises ComparisonError if the sides' greedy answers have less in common than rounding explains.
+
+    Args:
+        equal: fraction of what both generated that is the same.
+        self_equal: the same between rounds of one side, the lower of the two.
+    """
+    if equal < LEAST_EQUAL * self_equal:
+        raise ComparisonError(
+            f"{where}: only {100 * equal:.1f} % of what the sides generated is the same, where each agrees with itself "
+            f"in {100 * self_equal:.1f} %; speeds of different answers are not compared"
+        )
+
+
+def _check_kernel_passed(found: Mapping[str, Any], model: str) -> None:
     if "refusal" in found:
-        raise ComparisonError(f"relay cannot serve this model: {found['refusal']}; nothing was timed")
+        raise ComparisonError(f"relay cannot serve {model}: {found['refusal']}; nothing was timed")
     if not found["passed"]:
         raise KernelCheckError(
             f"the kernel {found['kernel']} is wrong: its error is {found['error']:.3g}, the budget "

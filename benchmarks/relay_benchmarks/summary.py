@@ -45,10 +45,28 @@ def spread_of_ratios(numerators: Sequence[float], denominators: Sequence[float])
     return Spread(median(ratios), min(ratios), max(ratios))
 
 
-def equal_fraction(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> float:
-    """Of the positions that both sides generated, the fraction with the same token."""
+def equal_fraction(first: Sequence[Sequence[object]], second: Sequence[Sequence[object]]) -> float:
+    """Of the positions that both sides generated, the fraction with the same token (or letter, of texts)."""
     pairs = [pair for left, right in zip(first, second, strict=True) for pair in zip(left, right, strict=False)]
     return sum(left == right for left, right in pairs) / len(pairs) if pairs else 1.0
+
+
+def mean_equality(first: Sequence[Sequence[Sequence[object]]], second: Sequence[Sequence[Sequence[object]]]) -> float:
+    """`equal_fraction` of pairs of rounds, on average."""
+    fractions = [equal_fraction(left, right) for left, right in zip(first, second, strict=True)]
+    return sum(fractions) / len(fractions)
+
+
+def agreement(
+    first: Sequence[Sequence[Sequence[object]]], second: Sequence[Sequence[Sequence[object]]]
+) -> tuple[float, float, float]:
+    """(of the sides with each other, of the first with itself, of the second with itself): what the rounds of two
+    sides generated is compared round by round, and with the side's own first round."""
+    return (
+        mean_equality(first, second),
+        mean_equality(first, [first[0]] * len(first)),
+        mean_equality(second, [second[0]] * len(second)),
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,10 +20,24 @@ class WorkerInspection:
     model_runner: Any
 
     def relay_bench_describe(self) -> dict[str, Any]:
-        """What serves attention here, by class, and what the cache looks like."""
+        """What serves attention here, by class, and what the model and the cache look like."""
+        import torch
+        import vllm
+
         layers = self._relay_bench_layers()
         groups = [group for groups in self.model_runner.attn_groups for group in groups]
+        model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         return {
+            "vllm_version": vllm.__version__,
+            "torch_version": str(torch.__version__),  # its own class does not travel between processes
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "query_heads": model.get_num_attention_heads(parallel),
+            "key_heads": model.get_num_kv_heads(parallel),
+            "head_size": model.get_head_size(),
+            "max_model_len": model.max_model_len,
+            "block_size": self.vllm_config.cache_config.block_size,
+            "compiled": self.vllm_config.compilation_config.mode.name,
+            "model_class": _name(type(self.model_runner.get_model())),
             "layers": len(layers),
             "backends": sorted({_name(layer.get_attn_backend()) for layer in layers}),
             "implementations": sorted({_name(type(layer.impl)) for layer in layers}),

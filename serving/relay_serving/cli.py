@@ -139,7 +139,7 @@ def bench(words: list[str]) -> int:
         raise UsageError(f"the benchmarks do not import: {error}; install vllm-relay again") from error
     parser = argparse.ArgumentParser(prog="vllm-relay")
     benchmarks.add_bench_parser(parser.add_subparsers(dest="command", required=True))
-    return int(benchmarks.run(parser.parse_args(words)) or 0)
+    return int(benchmarks.run(benchmarks.parse(parser, words)) or 0)
 
 
 def _text4seg(command: str, words: list[str]) -> list[str]:

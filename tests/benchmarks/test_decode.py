@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import os
@@ -11,26 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pretended import BLOCK, FACTS, PretendNeighbour, described, rows_of
 
-from relay_benchmarks import cli, decode
-from relay_benchmarks.decode import DecodeOptions, Report, RunFacts, Workload, run_decode
+from relay_benchmarks import cli, decode, pair
+from relay_benchmarks.decode import DecodeOptions, Report, Workload, run_decode
 from relay_benchmarks.errors import BenchArgumentError, ComparisonError
-from relay_benchmarks.machine import Machine
 from relay_benchmarks.results_file import ResultsFile
-from relay_benchmarks.sides import RELAY_CLASSES, STOCK_CLASSES, Side
+from relay_benchmarks.sides import Side
 from relay_benchmarks.workload import Shape
 
-BLOCK = 128
 OPTIONS = DecodeOptions(batch=(2,), shared=(0, 256), steps=3, rounds=4)
-FACTS = RunFacts("2025-01-01T00:00:00Z", Machine("A CPU", 2, 8), 0.1, "abc", "tiny")
 
 
-class PretendEngine:
-    """Answers as an engine would; all calls of both engines go to one log."""
+class PretendEngine(PretendNeighbour):
+    """Answers as an engine would."""
 
     def __init__(self, side: Side, calls: list[tuple[str, Side]], step_ms: float, stop_after: int = 10**6) -> None:
-        self.side = side
-        self.calls = calls
+        super().__init__(side, calls)
         self.step_ms = step_ms
         self.stop_after = stop_after
         self.cached_tokens: int | None = None
@@ -54,36 +50,6 @@ class PretendEngine:
             "timed_counters": {"steps": 3, "planning_ns": 60_000} if is_relay else None,
         }
 
-    def cpu_seconds(self) -> float:
-        return 0.0
-
-    def wait_until_quiet(self) -> None:
-        self.calls.append(("quiet", self.side))
-
-
-def described(side: Side) -> dict[str, Any]:
-    return {
-        **(STOCK_CLASSES if side is Side.STOCK else RELAY_CLASSES),
-        "vllm_version": "0.32.0",
-        "torch_version": "2",
-        "dtype": "bfloat16",
-        "layers": 2,
-        "query_heads": 4,
-        "key_heads": 2,
-        "head_size": 64,
-        "max_model_len": 1024,
-        "block_size": BLOCK,
-        "block_sizes": [BLOCK],
-        "num_blocks": 99,
-        "default_block_size": BLOCK,
-        "compiled": "NONE",
-        "cache_groups": 1,
-        "relay_is_loaded": side is Side.RELAY,
-        "kernel_check": {"kernel": "cpp (vec)", "passed": True, "error": 0.1, "budget": 0.2}
-        if side is Side.RELAY
-        else None,
-    }
-
 
 def engines(stop_after: int = 10**6) -> tuple[dict[Side, PretendEngine], list[tuple[str, Side]]]:
     calls: list[tuple[str, Side]] = []
@@ -97,11 +63,6 @@ def report(path: Path, options: DecodeOptions = OPTIONS) -> Report:
     file = ResultsFile(path)
     file.prepare()
     return Report(FACTS, options, {side: described(side) for side in Side}, file)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as text:
-        return list(csv.DictReader(text))
 
 
 def test_both_are_measured_in_every_round_in_an_order_that_flips(tmp_path: Path) -> None:
@@ -246,7 +207,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*_: object) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(cli, "Engine", started)
+    monkeypatch.setattr(pair, "Engine", started)
 
 
 @pytest.mark.parametrize(

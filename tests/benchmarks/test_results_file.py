@@ -12,6 +12,8 @@ from relay_benchmarks.errors import ResultsFileError
 from relay_benchmarks.refining import REFINING_COLUMNS
 from relay_benchmarks.results_file import DECODE_COLUMNS, RESULTS_FOLDER, ResultsFile
 from relay_benchmarks.segmentation import SEGMENTATION_COLUMNS
+from relay_benchmarks.serve import SERVE_COLUMNS
+from relay_benchmarks.throughput import THROUGHPUT_COLUMNS
 
 COLUMNS = ("time", "side", "ms")
 ROW = {"time": "now", "side": "stock", "ms": 1.5}
@@ -19,6 +21,8 @@ COLUMNS_OF_FILE = {
     "drafting.csv": DRAFTING_COLUMNS,
     "refining.csv": REFINING_COLUMNS,
     "segmentation.csv": SEGMENTATION_COLUMNS,
+    "serve.csv": SERVE_COLUMNS,
+    "throughput.csv": THROUGHPUT_COLUMNS,
 }
 # every other is named by a machine, and written by `bench decode`
 

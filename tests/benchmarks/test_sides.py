@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,9 +11,18 @@ from typing import Any
 import psutil
 import pytest
 
-from relay_benchmarks import sides
+from relay_benchmarks import processes, sides
 from relay_benchmarks.errors import ComparisonError, EngineFailedError, KernelCheckError
-from relay_benchmarks.sides import RELAY_CLASSES, STOCK_CLASSES, Engine, Side, check_sides, close_all, environment_of
+from relay_benchmarks.processes import close_all
+from relay_benchmarks.sides import (
+    RELAY_CLASSES,
+    STOCK_CLASSES,
+    Engine,
+    Side,
+    check_answers,
+    check_sides,
+    environment_of,
+)
 
 SAME = dict.fromkeys(sides._MUST_AGREE, 1)
 PASSED = {"kernel": "cpp (amx)", "passed": True, "error": 0.1, "budget": 0.2}
@@ -57,8 +67,15 @@ def test_engines_that_differ_are_not_compared(name: str) -> None:
 def test_a_wrong_kernel_is_not_timed() -> None:
     with pytest.raises(KernelCheckError, match="nothing was timed"):
         check_sides(described(relay={"kernel_check": {**PASSED, "passed": False}}))
-    with pytest.raises(ComparisonError, match="sliding_window"):
-        check_sides(described(relay={"kernel_check": {"refusal": "sliding_window"}}))
+    with pytest.raises(ComparisonError, match="cannot serve tiny-gemma: sliding_window"):
+        check_sides(described(relay={"kernel_check": {"refusal": "sliding_window"}}), "tiny-gemma")
+
+
+def test_answers_with_too_little_in_common_are_not_compared() -> None:
+    check_answers("batch 4", equal=0.6, self_equal=1.0)  # what rounding leaves of 32 tokens
+    check_answers("batch 4", equal=0.1, self_equal=0.2)  # a model that does not agree with itself either
+    with pytest.raises(ComparisonError, match=r"batch 4: only 5.0 % .* 100.0 %"):
+        check_answers("batch 4", equal=0.05, self_equal=1.0)
 
 
 def test_the_environments_differ_in_the_plugin_only(tmp_path: Path) -> None:
@@ -92,16 +109,16 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """An Engine whose process is no vLLM, but has a child that nothing ends by itself."""
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
-    started = sides.subprocess.Popen
+    started = processes.subprocess.Popen
 
     def start(command: list[str], **options: Any) -> Any:
         return started([sys.executable, str(script), command[-1]], **options)
 
-    monkeypatch.setattr(sides.subprocess, "Popen", start)
-    monkeypatch.setattr(sides, "_STOP_SECONDS", 1.0)
-    monkeypatch.setattr(sides, "_TERMINATE_SECONDS", 1.0)
-    monkeypatch.setattr(sides.tempfile, "tempdir", str(tmp_path))
-    engine = Engine(Side.STOCK, sides.os.environ)
+    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    monkeypatch.setattr(processes, "_STOP_SECONDS", 1.0)
+    monkeypatch.setattr(processes, "_TERMINATE_SECONDS", 1.0)
+    monkeypatch.setattr(processes.tempfile, "tempdir", str(tmp_path))
+    engine = Engine(Side.STOCK, os.environ)
     yield engine
     close_all([engine])
 

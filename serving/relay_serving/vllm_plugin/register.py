@@ -47,7 +47,7 @@ def register() -> None:
     from relay_serving.vllm_plugin.counters import run_id
 
     run_id()  # made before vLLM starts its other processes, which inherit it
-    _register_models()
+    register_models()
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         logger.warning(
             "RelayAttention has no kernels for platform %r in this release: vLLM's own attention serves every layer.",
@@ -70,7 +70,7 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)
 
 
-def _register_models() -> None:
+def register_models() -> None:
     """By name: the class is imported where such a model is loaded. Configs are known to transformers by their type."""
     from transformers import AutoConfig
     from vllm.model_executor.models.registry import ModelRegistry
