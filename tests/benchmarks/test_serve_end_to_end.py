@@ -148,7 +148,10 @@ PREFIXES = "prefix_repetition --prefix-repetition-prefix-len 256 --prefix-repeti
     "asked",
     [
         "--workload tenants --shared 256 --request-rate 20",
-        f"--dataset-name {PREFIXES} --prefix-repetition-num-prefixes 2 --prefix-repetition-output-len 4",
+        pytest.param(
+            f"--dataset-name {PREFIXES} --prefix-repetition-num-prefixes 2 --prefix-repetition-output-len 4",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["tenants", "dataset"],
 )
