@@ -10,8 +10,7 @@ import pytest
 
 # The helpers beside this file: pytest's importlib mode does not put test folders on the path.
 sys.path.insert(0, str(Path(__file__).parent))
-from engines import EngineSession, tiny_llama
-from scripts import (
+from engine_scripts import (
     MOST_TOKENS,
     NUM_PROMPTS,
     ONE_THREAD,
@@ -22,6 +21,7 @@ from scripts import (
     first_prompts,
     follow_ups,
 )
+from engines import EngineSession, tiny_llama
 
 
 @pytest.fixture(scope="session")

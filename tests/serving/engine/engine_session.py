@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 from engine_driver import open_engine, read_counters, run_scenario
-from scripts import MOST_ALIVE, Operation, Pool, random_operations
+from engine_scripts import MOST_ALIVE, Operation, Pool, random_operations
 from step_witness import StepWitness, request_of
 
 RSS_EVERY_SECONDS = 1.0

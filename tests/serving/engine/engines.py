@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+PATIENCE_SECONDS = 1200.0
 JUDGES = HERE.parents[1] / "kernels"  # what judges plans and work lists there judges those of engines, too
 STOCK_IMPL = "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl"
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -39,7 +40,7 @@ def run_engines(
     job_file.write_text(json.dumps(jobs))
     command = [sys.executable, str(HERE / "engine_driver.py"), str(job_file), str(result_file)]
     variables = environment_of(side, environment)
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1200, check=False)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     log = done.stdout + done.stderr
     assert done.returncode == 0, f"the {side} engine failed:\n{log[-6000:]}"
     reports: list[dict[str, Any]] = json.loads(result_file.read_text())
@@ -116,7 +117,7 @@ class EngineSession:
         self._pool = [prompts, answers]
         self._send("take", self._pool)
 
-    def ask(self, method: str, *arguments: Any, timeout: float = 300) -> Any:
+    def ask(self, method: str, *arguments: Any, timeout: float = PATIENCE_SECONDS) -> Any:
         """The answer of a method of engine_session.Session."""
         if self._process is None:
             self._start()
@@ -143,7 +144,7 @@ class EngineSession:
                 )
         check_layers(self.side, self._send("open", [self._engine]))
 
-    def _send(self, method: str, arguments: list[Any], timeout: float = 300) -> Any:
+    def _send(self, method: str, arguments: list[Any], timeout: float = PATIENCE_SECONDS) -> Any:
         process = self._process
         assert process is not None
         assert process.stdin is not None

@@ -47,20 +47,21 @@ def compares_tokens(block_table: Any, query_lens: Any, seq_lens: Any, **how: Any
     return _make_plan(table, query_lens, seq_lens, **how)
 
 
-def starts_suffixes_late(*arguments: Any, **how: Any) -> RelayPlan:
-    """Leaves out the key between what is shared and the suffix."""
+def starts_suffixes_a_block_late(*arguments: Any, **how: Any) -> RelayPlan:
+    """Leaves out the block between what is shared and the suffix, where there is one."""
     plan = _make_plan(*arguments, **how)
+    lengths = zip(plan.suffix_starts, plan.seq_lens, plan.query_lens, strict=True)
     starts = [
-        min(start + 1, seq_len - query_len) if start else 0
-        for start, seq_len, query_len in zip(plan.suffix_starts, plan.seq_lens, plan.query_lens, strict=True)
+        start + plan.block_size if 0 < start <= seq_len - query_len - plan.block_size else start
+        for start, seq_len, query_len in lengths
     ]
     return replace(plan, suffix_starts=tuple(starts))
 
 
-def starts_suffixes_early(*arguments: Any, **how: Any) -> RelayPlan:
-    """Counts the last shared key twice."""
+def starts_suffixes_a_block_early(*arguments: Any, **how: Any) -> RelayPlan:
+    """Counts the last shared block twice."""
     plan = _make_plan(*arguments, **how)
-    return replace(plan, suffix_starts=tuple(max(start - 1, 0) for start in plan.suffix_starts))
+    return replace(plan, suffix_starts=tuple(max(start - plan.block_size, 0) for start in plan.suffix_starts))
 
 
 def _without_the_newest(plan: RelayPlan) -> list[Segment]:
@@ -85,15 +86,16 @@ def leaves_a_joined_row_alone(*arguments: Any, **how: Any) -> RelayPlan:
     return replace(plan, shared=tuple(shared), suffix_starts=tuple(starts))
 
 
-_kept: dict[str, Any] = {}
+_kept: list[RelayPlan] = []
 
 
-def keeps_the_plan_of_a_step_like_it(block_table: Any, query_lens: Any, seq_lens: Any, **how: Any) -> RelayPlan:
-    """Plans anew only where a length in blocks or queries has changed: one row for another of its size goes unseen."""
-    shape = (query_lens.tolist(), ((seq_lens - query_lens) // how["block_size"]).tolist())
-    if _kept.get("shape") != shape:
-        _kept.update(shape=shape, plan=_make_plan(block_table, query_lens, seq_lens, **how))
-    return replace(_kept["plan"], seq_lens=tuple(seq_lens.tolist()))
+def keeps_the_plan_of_the_step_before(block_table: Any, query_lens: Any, seq_lens: Any, **how: Any) -> RelayPlan:
+    """Plans anew only where the number of rows has changed: one that takes the place of another goes unseen."""
+    lengths = {"query_lens": tuple(query_lens.tolist()), "seq_lens": tuple(seq_lens.tolist())}
+    is_like_it = bool(_kept) and len(_kept[0].suffix_starts) == len(seq_lens)
+    if not is_like_it or (_kept[0].suffix_starts > seq_lens - query_lens).any():
+        _kept[:] = [_make_plan(block_table, query_lens, seq_lens, **how)]
+    return replace(_kept[0], **lengths)
 
 
 def takes_the_first_block_for_the_prefix(block_table: Any, rows: Any, start: int, limit: int) -> int:

@@ -97,6 +97,7 @@ class StepWitness:
         salts = [self.salts[request_of(name)] for name in names]
         tokens = self._runner.input_batch.token_ids_cpu[:rows]
         self.seen["steps with twins of other salts"] += _has_salted_twins(step, salts, tokens)
+        self.seen["steps that share what they compute"] += _shares_what_it_computes(step)
         faults = _blocks_of_two_salts(step, salts)
         relay = getattr(metadata, "relay", None)
         if relay is not None:
@@ -135,6 +136,16 @@ def _has_salted_twins(step: Step, salts: list[str | None], tokens: Any) -> bool:
         if _computed_blocks(step, row):
             salts_of[tokens[row, : step.block_size].tobytes()].add(salt)
     return any(len(found) > 1 for found in salts_of.values())
+
+
+def _shares_what_it_computes(step: Step) -> bool:
+    """Whether a block that one row only computes in this step counts as computed for another one."""
+    done, doing = set(), set()
+    for row, seq_len in enumerate(step.seq_lens):
+        computed = _computed_blocks(step, row)
+        done.update(step.block_table[row, :computed].tolist())
+        doing.update(step.block_table[row, computed : seq_len // step.block_size].tolist())
+    return bool(done & doing)
 
 
 def _blocks_of_two_salts(step: Step, salts: list[str | None]) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_scripts import NGRAM, Pool, crowded_engine
 from engines import EngineSession
-from scripts import NGRAM, Pool, crowded_engine
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -26,7 +26,7 @@ def soaked(sessions: dict[str, EngineSession], pool: Pool, repetitive_model: Pat
     relay = sessions["relay"]
     relay.open(crowded_engine(repetitive_model, NGRAM))
     relay.take(pool.prompts, pool.answers)
-    report = relay.ask("soak", SECONDS, 0, timeout=SECONDS + 300)
+    report = relay.ask("soak", SECONDS, 0, timeout=SECONDS + 600)
     every = report["rss"][:: max(len(report["rss"]) // 30, 1)]
     print({**report, "rss": [f"{rss / 2**20:.1f} MiB at {at:.0f} s" for at, rss in every]})
     return dict(report)
