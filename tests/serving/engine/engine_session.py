@@ -187,7 +187,10 @@ class Session:
         return outcome | self._witnessed(player)
 
     def soak(self, seconds: float, seed: int) -> dict[str, Any]:
-        """Play at random for so long, comparing each token with the pool's answer as it comes."""
+        """Play at random for so long, comparing each token with the pool's answer as it comes.
+
+        Memory is what is resident and this process's own: pages of files come and go as the machine pleases.
+        """
         player = self._new_player()
         player.witness.judge_every = SOAK_JUDGES_EVERY
         operations = random_operations(random.Random(seed), len(self.pool.prompts))
@@ -197,7 +200,8 @@ class Session:
         wrong: list[str] = []
         while (now := time.monotonic() - begin) < seconds and len(wrong) < MOST_WRONG:
             if not rss or now - rss[-1][0] >= RSS_EVERY_SECONDS:
-                rss.append((now, process.memory_info().rss))
+                memory = process.memory_info()
+                rss.append((now, memory.rss - memory.shared))
             player.play(next(operations))
             wrong += player.strays()
             player.forget_those_gone()

@@ -10,9 +10,10 @@ from engine_probe import EngineProbe
 
 from relay_kernels.relay_attention import plan as planner
 from relay_kernels.relay_attention.plan import RelayPlan, Segment
+from relay_kernels.relay_attention.work_list import WorkList
 from relay_serving.vllm_plugin import attention_backend
 
-_make_plan = attention_backend.make_plan
+_make_plan, _make_work_list = attention_backend.make_plan, attention_backend.make_work_list
 
 
 class Mutant(EngineProbe):
@@ -31,7 +32,10 @@ class Mutant(EngineProbe):
 
 
 def shares_what_is_scheduled(query_lens: Any, seq_lens: Any, block_size: int, width: int) -> Any:
-    """Forgets that the blocks of this very step stand in the tables of others already."""
+    """Forgets that the blocks of this very step stand in the tables of others already.
+
+    No token tells, because the work list is causal whatever the plan says.
+    """
     return np.where(query_lens > 0, seq_lens // block_size, 0)
 
 
@@ -98,6 +102,13 @@ def keeps_the_plan_of_the_step_before(block_table: Any, query_lens: Any, seq_len
     return replace(_kept[0], **lengths)
 
 
+def forgets_causality(plan: RelayPlan, *arguments: Any, **how: Any) -> WorkList:
+    """Every query token sees the keys of its whole segment, those after it as well."""
+    lowered = _make_work_list(plan, *arguments, **how)
+    ends = np.repeat(lowered.segments[:, 2], lowered.segments[:, 4] - lowered.segments[:, 3])
+    return replace(lowered, slot_key_end=np.ascontiguousarray(ends))
+
+
 def takes_the_first_block_for_the_prefix(block_table: Any, rows: Any, start: int, limit: int) -> int:
     """Takes rows that agree in one block to agree in all that follow."""
     return limit
@@ -106,5 +117,6 @@ def takes_the_first_block_for_the_prefix(block_table: Any, rows: Any, start: int
 PLACES: dict[str, tuple[Any, str]] = {
     "shares_what_is_scheduled": (planner, "shareable_blocks"),
     "takes_the_first_block_for_the_prefix": (planner, "common_prefix_end"),
+    "forgets_causality": (attention_backend, "make_work_list"),
 }
 SOUND = [(owner, rule, getattr(owner, rule)) for owner, rule in [*PLACES.values(), (attention_backend, "make_plan")]]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from relay_coverage import Step, coverage_faults, form_faults, plan_faults
 
-MOST_FAULTS = 20
+MOST_FAULTS, MOST_FAULTS_OF_A_STEP = 400, 2
 # From so many blocks, a prefix of rows that all decode one token pays for every one of them (see `_left_alone`).
 PAYING_BLOCKS = 2
 MOST_PAYING_ROWS = 11
@@ -30,7 +30,7 @@ class StepWitness:
     Attributes:
         seen: what the scheduler did, the same on both sides if they ran the same steps.
         relayed: what took part in shared segments; empty on the stock side.
-        faults: what was wrong with a step, at most MOST_FAULTS sentences.
+        faults: what was wrong with a step, one sentence each; at most so many of each and in all.
         salts: of each request; whoever adds a request writes its salt here first.
         drafts: the drafted tokens of each request in the latest step.
         judge_every: work lists are read token by token in every so many steps; everything else is checked in all.
@@ -108,7 +108,7 @@ class StepWitness:
             self._count(relay.plan, names)
         if hasattr(builder, "counters"):
             faults += _left_alone(step, relay.plan if relay is not None else None)
-        self.faults += [f"step {self.seen['steps']}: {fault}" for fault in faults]
+        self.faults += [f"step {self.seen['steps']}: {fault}" for fault in faults[:MOST_FAULTS_OF_A_STEP]]
         del self.faults[MOST_FAULTS:]
 
     def _count(self, plan: Any, names: list[str]) -> None:

@@ -140,14 +140,15 @@ class Mutant:
 
 
 MUTANTS = [
-    Mutant("shares_what_is_scheduled", True, "only computes in this step"),
+    Mutant("shares_what_is_scheduled", False, "only computes in this step"),
+    Mutant("forgets_causality", True, "sees keys up to"),
     Mutant("takes_the_first_block_for_the_prefix", True, "read from row"),
     Mutant("compares_tokens", False, "groups the salts"),
     Mutant("starts_suffixes_a_block_late", True, "keys from"),
     Mutant("starts_suffixes_a_block_early", True, "keys from"),
     Mutant("forgets_a_joined_row", True, "keys from"),
     Mutant("leaves_a_joined_row_alone", False, "read alone"),
-    Mutant("keeps_the_plan_of_the_step_before", True, "groups rows of different tokens"),
+    Mutant("keeps_the_plan_of_the_step_before", True, "read alone"),
 ]
 
 
