@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 SECONDS = float(os.environ.get("RELAY_TEST_SOAK_SECONDS", "1800"))
 WARM_UP = 0.2  # of the time: caches fill, allocators find their sizes
 WINDOW = 0.1  # of the time, whose median is taken: of the first after the warm-up, and of the last
-# Bytes of resident memory. An allocator's own swings took 6 MiB of it in half an hour of 75 thousand steps; if each step
-# left but one plan behind, it would be hundreds.
+# Bytes of resident memory. An allocator's own swings took 6 MiB of it in half an hour of 75 thousand steps; if each
+# step left but one plan behind, it would be hundreds.
 MOST_GROWTH = 16 << 20
 
 
