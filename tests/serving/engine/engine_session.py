@@ -21,7 +21,7 @@ from engine_driver import open_engine, read_counters, run_scenario
 from engine_scripts import MOST_ALIVE, Operation, Pool, random_operations
 from step_witness import StepWitness, request_of
 
-RSS_EVERY_SECONDS = 1.0
+MEMORY_EVERY_STEPS = 50
 MOST_WRONG = 10
 SOAK_JUDGES_EVERY = 64
 
@@ -189,23 +189,24 @@ class Session:
     def soak(self, seconds: float, seed: int) -> dict[str, Any]:
         """Play at random for so long, comparing each token with the pool's answer as it comes.
 
-        Memory is what is resident and this process's own: pages of files come and go as the machine pleases.
+        Memory is what is resident and this process's own, every MEMORY_EVERY_STEPS: pages of files come and go as the
+        machine pleases.
         """
         player = self._new_player()
         player.witness.judge_every = SOAK_JUDGES_EVERY
         operations = random_operations(random.Random(seed), len(self.pool.prompts))
         process = psutil.Process()
         begin = time.monotonic()
-        rss: list[tuple[float, int]] = []
+        memory: list[int] = []
         wrong: list[str] = []
-        while (now := time.monotonic() - begin) < seconds and len(wrong) < MOST_WRONG:
-            if not rss or now - rss[-1][0] >= RSS_EVERY_SECONDS:
-                memory = process.memory_info()
-                rss.append((now, memory.rss - memory.shared))
+        while time.monotonic() - begin < seconds and len(wrong) < MOST_WRONG:
+            if player.num_steps >= len(memory) * MEMORY_EVERY_STEPS:
+                used = process.memory_info()
+                memory.append(used.rss - used.shared)
             player.play(next(operations))
             wrong += player.strays()
             player.forget_those_gone()
-        outcome = {"steps": player.num_steps, "tokens": player.num_tokens, "wrong": wrong, "rss": rss}
+        outcome = {"steps": player.num_steps, "tokens": player.num_tokens, "wrong": wrong, "memory": memory}
         return outcome | self._witnessed(player)
 
     @staticmethod
