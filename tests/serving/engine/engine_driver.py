@@ -54,12 +54,9 @@ def run_scenario(llm: Any, scenario: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": [list(finished[i].token_ids) for i in range(len(prompts))], "gaps": gaps, "steps": step}
 
 
-def run_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Build one engine, run its scenarios, take it down."""
+def open_engine(arguments: dict[str, Any]) -> Any:
+    """vLLM's LLM with these arguments, and with what all tests of engines want unless they say otherwise."""
     from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    from relay_serving.vllm_plugin import counters
 
     defaults = {
         "enforce_eager": True,
@@ -68,16 +65,25 @@ def run_one(job: dict[str, Any]) -> dict[str, Any]:
         "worker_extension_cls": "engine_probe.EngineProbe",
         "disable_log_stats": True,
     }
-    llm = LLM(**{**defaults, **job["engine"]})
+    return LLM(**{**defaults, **arguments})
+
+
+def read_counters(llm: Any) -> list[dict[str, Any]]:
+    """What relay has counted in this engine so far: one reading, or none on the stock side."""
+    from relay_serving.vllm_plugin import counters
+
+    return [asdict(file.read()) for _, file in counters.find(llm.llm_engine.vllm_config.instance_id)]
+
+
+def run_one(job: dict[str, Any]) -> dict[str, Any]:
+    """Build one engine, run its scenarios, take it down."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = open_engine(job["engine"])
     results = {scenario["name"]: run_scenario(llm, scenario) for scenario in job["scenarios"]}
     for method, arguments in job.get("calls") or []:
         llm.collective_rpc(method, args=tuple(arguments))
-    found = list(counters.find(llm.llm_engine.vllm_config.instance_id))
-    report = {
-        "results": results,
-        "layers": llm.collective_rpc("probe_layers"),
-        "counters": [asdict(file.read()) for _, file in found],
-    }
+    report = {"results": results, "layers": llm.collective_rpc("probe_layers"), "counters": read_counters(llm)}
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()
