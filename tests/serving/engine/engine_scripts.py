@@ -22,6 +22,7 @@ MOST_TOKENS = 64
 BURST_PROMPTS = 5
 FIRST_PROMPTS = 35
 NUM_PROMPTS = 45
+MEMORY_EVERY_STEPS = 50  # a soak looks at its memory
 CLEAR_GAP = 1e-3  # of two best log-probabilities; rounding moves them by 1e-5
 
 Operation = list[Any]

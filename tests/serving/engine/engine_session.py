@@ -18,10 +18,9 @@ from typing import Any
 
 import psutil
 from engine_driver import open_engine, read_counters, run_scenario
-from engine_scripts import MOST_ALIVE, Operation, Pool, random_operations
+from engine_scripts import MEMORY_EVERY_STEPS, MOST_ALIVE, Operation, Pool, random_operations
 from step_witness import StepWitness, request_of
 
-MEMORY_EVERY_STEPS = 50
 MOST_WRONG = 10
 SOAK_JUDGES_EVERY = 64
 
