@@ -144,14 +144,12 @@ def test_a_model_of_which_relay_serves_no_layer_is_refused(bench: Any, tmp_path:
 PREFIXES = "prefix_repetition --prefix-repetition-prefix-len 256 --prefix-repetition-suffix-len 8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked",
     [
         "--workload tenants --shared 256 --request-rate 20",
-        pytest.param(
-            f"--dataset-name {PREFIXES} --prefix-repetition-num-prefixes 2 --prefix-repetition-output-len 4",
-            marks=pytest.mark.slow,
-        ),
+        f"--dataset-name {PREFIXES} --prefix-repetition-num-prefixes 2 --prefix-repetition-output-len 4",
     ],
     ids=["tenants", "dataset"],
 )

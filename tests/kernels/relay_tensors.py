@@ -87,12 +87,13 @@ def _written(step: Step, num_blocks: int) -> np.ndarray:
 def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
     """At most twice the error (root mean square) of the same mathematics done plainly in the same dtype.
 
-    Where that happens to be nearly exact, twice the unit roundoff of float32, in which the kernels accumulate.
+    Where that happens to be nearly exact, three roundings of float32, in which the kernels accumulate: scores go to
+    base 2 and log-sum-exps back.
     """
     assert torch.equal(torch.isneginf(actual), torch.isneginf(exact))
     is_finite = torch.isfinite(exact)
     error, plain_error = (_norm(other[is_finite] - exact[is_finite]) for other in (actual, plain))
-    budget = 2 * max(plain_error, UNIT_ROUNDOFF * _norm(exact[is_finite]))
+    budget = max(2 * plain_error, 3 * UNIT_ROUNDOFF * _norm(exact[is_finite]))
     assert error <= budget, f"the error is {error:.3g}, the budget {budget:.3g}"
 
 

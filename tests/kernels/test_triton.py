@@ -125,7 +125,14 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("name", ["one prefix", "nested", "prefill, speculation and decodes", "padding rows"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nested",
+        "padding rows",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("one prefix", "prefill, speculation and decodes")),
+    ],
+)
 def test_what_a_layer_does_beyond_plain_attention(name: str, features: str, triton_device: torch.device) -> None:
     problem = make_problem(
         STEPS[name],

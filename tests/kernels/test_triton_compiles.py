@@ -23,7 +23,7 @@ SHARED_MEMORY_PER_BLOCK = 99 * 1024  # of the smallest GPUs since Ampere (8.6, 8
         pytest.param("fp16", 80, 80, marks=pytest.mark.slow),
         ("bf16", 128, 90),
         pytest.param("bf16", 256, 90, marks=pytest.mark.slow),
-        ("fp32", 256, 80),
+        pytest.param("fp32", 256, 80, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_compile_and_fit(dtype: str, head_size: int, capability: int, tmp_path: Path) -> None:

@@ -453,11 +453,11 @@ def lower_kernel(  # type: ignore[no-untyped-def]
     own_pieces = tl.where(fits, own_pieces, is_own.to(tl.int32))
 
     # ---- what is told of it, over all steps: see `TOTALS`
-    is_shared = num_nodes > 0
+    num_sharing = tl.where(num_nodes > 0, 1, 0)
     is_eligible = tl.max((tl.load(p_groups + G_LEADER * LEVEL + o_row) >= 0).to(tl.int32), axis=0)
     saved = tl.where(m_node, (node_members - 1).to(tl.int64) * node_blocks * BLOCK_SIZE, 0)
     tl.store(p_totals, tl.load(p_totals) + is_eligible)
-    tl.store(p_totals + 1, tl.load(p_totals + 1) + is_shared.to(tl.int64))
+    tl.store(p_totals + 1, tl.load(p_totals + 1) + num_sharing)
     tl.store(p_totals + 2, tl.load(p_totals + 2) + tl.sum((suffix > 0).to(tl.int64), axis=0))
     tl.store(p_totals + 3, tl.load(p_totals + 3) + tl.sum((m_node & (node_start == 0)).to(tl.int64), axis=0))
     tl.store(p_totals + 4, tl.load(p_totals + 4) + tl.sum(saved, axis=0))
