@@ -120,17 +120,21 @@ class GpuPlans:
 
     def _read_totals(self) -> None:
         """Count what the reading before this one found, if it has arrived, and begin another."""
+        if self._reading is None:
+            self._totals.copy_(self.planner.totals)
+            self._count()
+        elif self._reading.query():
+            self._count()
+            self._totals.copy_(self.planner.totals, non_blocking=True)
+            self._reading.record()
+
+    def _count(self) -> None:
         from relay_kernels.relay_attention.triton_plan import TOTALS
 
-        if self._reading is not None and not self._reading.query():
-            return
         found = self._totals.tolist()
         for name, now, before in zip(TOTALS, found, self._counted, strict=True):
             self._counters.add(name, now - before)
         self._counted = found
-        self._totals.copy_(self.planner.totals, non_blocking=True)
-        if self._reading is not None:
-            self._reading.record()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import IN_PROCESS, divergences, run_engine, run_engines, tiny_llama
+from engines import IN_PROCESS, INTERPRETED_IMPL, divergences, relay_counters, run_engine, run_engines, tiny_llama
 from test_features import ENGINE, NEAR_TIE, TREE, tiny_gemma2, tiny_gpt_oss
 
 pytest.importorskip("triton")
@@ -160,11 +160,13 @@ def test_engines_that_plan_on_the_device_say_what_stock_says(
         "calls": [["write_plans", [str(tmp_path / "plans.json")]]],
     }
     interpreted = {"TRITON_INTERPRET": "1", **IN_PROCESS}
-    ours = "interpreted_gpu_backend.InterpretedImpl"
-    (report,), log = run_engines(tmp_path, "relay", [job], interpreted, implementation=ours)
+    (report,), log = run_engines(tmp_path, "relay", [job], interpreted, implementation=INTERPRETED_IMPL)
     relay = report["results"]["tree"]
     assert all(gap is not None and gap < NEAR_TIE for _, _, gap in divergences(stock, relay))
     assert "kernel: triton, planned on the GPU" in log
     plans = json.loads((tmp_path / "plans.json").read_text())
     # More partial results than tokens: a prefix was read once for several requests.
     assert sum(slots > tokens for _, tokens, slots in plans) >= relay["steps"] // 3
+    counted = relay_counters(report)
+    assert 0 < counted["relay_steps"] <= counted["steps"]
+    assert counted["kv_tokens_saved"] >= 32 * counted["relay_steps"]
