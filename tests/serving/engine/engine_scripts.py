@@ -19,9 +19,9 @@ from typing import Any
 SALTS = (None, None, "salt", "pepper")
 MOST_ALIVE = 24  # whoever comes when so many are running or waiting is turned away, so that no queue grows for ever
 MOST_TOKENS = 64
-BURST_PROMPTS = 5
-FIRST_PROMPTS = 35
-NUM_PROMPTS = 45
+BURST_PROMPTS = 3
+FIRST_PROMPTS = 33
+NUM_PROMPTS = 43
 MEMORY_EVERY_STEPS = 50  # a soak looks at its memory
 CLEAR_GAP = 1e-3  # of two best log-probabilities; rounding moves them by 1e-5
 
@@ -98,7 +98,7 @@ def bursts() -> list[Operation]:
     first = FIRST_PROMPTS - BURST_PROMPTS
     operations: list[Operation] = [["join", first, None, 8], ["steps", 12]]
     for prompt in range(first + 1, FIRST_PROMPTS):
-        operations += [["join", prompt, None, 48]] * 5 + [["steps", 50]]
+        operations += [["join", prompt, None, 12]] * 5 + [["steps", 14]]
     return operations
 
 

@@ -8,9 +8,8 @@ changes no token.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,36 +34,35 @@ pytestmark = pytest.mark.e2e
 
 SPECULATIONS = [pytest.param(None, id="no speculation"), pytest.param(NGRAM, id="n-gram speculation")]
 
+QUICK_SEED = 4
+
 # What must have happened, or the tokens prove nothing; with speculation, the drafts besides.
 HARDSHIPS = (
     *("preemptions", "evictions", "chunks of prefill", "chunks of recomputation", "steps with twins of other salts"),
     *("steps that share what they compute", "finished"),
     *("aborted while running", "aborted while waiting", "aborted while preempted"),
 )
+DRAFT_HARDSHIPS = ("drafted tokens accepted", "drafted tokens rejected")
 RELAYED = ("steps", "groups", "nested segments", "rows that prefill", "rows that were preempted before")
 
 
 @dataclass
 class Pair:
-    """Stock and relay, each with an engine of the same arguments, and what happened to both so far."""
+    """Stock and relay, each with an engine of the same arguments."""
 
     stock: EngineSession
     relay: EngineSession
     is_drafting: bool
-    seen: Counter[str] = field(default_factory=Counter)
-    relayed: Counter[str] = field(default_factory=Counter)
 
     def play(self, operations: list[Operation]) -> dict[str, Any]:
-        """Play a script on both sides. Whatever differs, or was planned wrongly, fails."""
+        """Play a script on both sides. Whatever differs, or was planned wrongly, fails. Returns what relay reports."""
         stock, relay = (side.ask("play", operations) for side in (self.stock, self.relay))
         assert relay["tokens"] == stock["tokens"]
         assert relay["when"] == stock["when"], "the same tokens, but in other steps"
         assert relay["seen"] == stock["seen"], "the same tokens, but by other ways"
         assert relay["faults"] == stock["faults"] == []
         assert stock["relayed"] == {}
-        self.seen.update(stock["seen"])
-        self.relayed.update(relay["relayed"])
-        return dict(stock)
+        return dict(relay)
 
 
 @pytest.fixture(scope="module", params=SPECULATIONS)
@@ -94,22 +92,23 @@ def explored(max_examples: int) -> settings:
     )  # fmt: skip
 
 
-def check_that_it_was_hard(pair: Pair) -> None:
-    print(dict(pair.seen), dict(pair.relayed))
-    drafts = ("drafted tokens accepted", "drafted tokens rejected") if pair.is_drafting else ()
-    assert [name for name in (*HARDSHIPS, *drafts) if not pair.seen[name]] == []
-    assert [name for name in (*RELAYED, *["rows with drafts"][: len(drafts)]) if not pair.relayed[name]] == []
-    assert pair.relayed["steps"] > 0.25 * pair.seen["steps"], "many steps should relay"
+def check_that_it_was_hard(pair: Pair, played: dict[str, Any]) -> None:
+    print(played["seen"], played["relayed"])
+    hardships = HARDSHIPS + (DRAFT_HARDSHIPS if pair.is_drafting else ())
+    relayed = RELAYED + (("rows with drafts",) if pair.is_drafting else ())
+    assert [name for name in hardships if not played["seen"].get(name)] == []
+    assert [name for name in relayed if not played["relayed"].get(name)] == []
+    assert played["relayed"]["steps"] > 0.25 * played["seen"]["steps"], "many steps should relay"
 
 
 def test_a_long_script_gives_the_tokens_of_stock(pair: Pair) -> None:
-    played = pair.play(long_script(seed=4, length=200))
+    played = pair.play(long_script(QUICK_SEED, length=150))
     assert played["seen"]["steps"] >= 200
     assert len(played["tokens"]) > 50
-    check_that_it_was_hard(pair)
+    check_that_it_was_hard(pair, played)
 
 
-@explored(max_examples=10)
+@explored(max_examples=6)
 @given(script=scripts)
 def test_any_script_gives_the_tokens_of_stock(pair: Pair, script: list[Operation]) -> None:
     pair.play(script)
@@ -127,7 +126,7 @@ def test_many_scripts_give_the_tokens_of_stock(pair: Pair, script: list[Operatio
 def test_longer_scripts_give_the_tokens_of_stock(pair: Pair, seed: int) -> None:
     played = pair.play(long_script(seed, length=1000))
     assert played["seen"]["steps"] >= 1000
-    check_that_it_was_hard(pair)
+    check_that_it_was_hard(pair, played)
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def test_broken_plans_are_noticed(
     pool: Pool, sessions: dict[str, EngineSession], breakable: EngineSession, repetitive_model: Path
 ) -> None:
     """The judges of this file can tell, with the script of the quick run."""
-    engine, script = crowded_engine(repetitive_model, None), long_script(seed=4, length=200)
+    engine, script = crowded_engine(repetitive_model, None), long_script(QUICK_SEED, length=150)
     sessions["stock"].open(engine)
     breakable.open({**engine, "worker_extension_cls": "mutant_plans.Mutant"})
     for session in (sessions["stock"], breakable):
