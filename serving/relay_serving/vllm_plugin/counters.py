@@ -31,7 +31,7 @@ RUN_ID_VARIABLE = "RELAY_RUN_ID"  # vLLM warns of variables that begin with its 
 FALLBACK_REASONS = (
     *("cost_model", "non_causal", "sliding_window", "chunked_local", "alibi", "soft_cap", "sinks", "attention_type"),
     *("kv_cache_dtype", "scale", "kv_connector", "context_parallel", "batch_invariance", "kv_cache_spec"),
-    *("cpu_architecture", "no_compiler", "scratch_memory", "no_prefix_caching"),
+    *("cpu_architecture", "no_compiler", "scratch_memory", "no_prefix_caching", "head_size"),
 )
 _FIELDS = (
     *("steps", "eligible_steps", "relay_steps", "grouped_requests", "groups", "kv_tokens_saved", "bytes_saved"),

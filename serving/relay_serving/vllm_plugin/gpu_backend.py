@@ -44,6 +44,7 @@ logger = init_logger("vllm.relay")
 MOST_SCRATCH_BYTES = 256 << 20  # of the partial results of one step, for each KV-cache group
 KEYS_PER_PIECE = 1024  # so that one long prefix keeps every multiprocessor busy
 STEPS_BETWEEN_READINGS = 8
+MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 256  # as `triton_relay` has them, which imports Triton
 SPARE_SEGMENTS = 4096  # of a step beside one for each row
 # In keys read for one request, times 128, as the planner counts in whole numbers: tensor cores take 128 rows of queries
 # in the time that a key takes to arrive. Not tuned on a GPU.
@@ -208,7 +209,11 @@ class RelayGpuBuilder:
     def _plan(self, common: CommonAttentionMetadata) -> GpuStep | None:
         if self.plans is None or not self.plans.fits(common.num_reqs, common.num_actual_tokens):
             return None
-        assert common.causal is True, "a group with steps that are not causal is refused as a whole"
+        if common.causal is not True:  # too late to leave it to vLLM: a graph may hold our kernel already
+            raise ValueError(
+                f"a step has causal {common.causal!r}, which relay's GPU kernels cannot serve: start with "
+                "--relay-gpu-kernel off"
+            )
         return self.plans.plan(common)
 
 
@@ -309,8 +314,10 @@ def layer_refusal(impl: Any) -> str | None:
         return "alibi"
     if impl.attn_type != AttentionType.DECODER:
         return "attention_type"
-    if is_quantized_kv_cache(impl.kv_cache_dtype) and impl.kv_cache_dtype not in _fp8_names(impl):
+    if impl.kv_cache_dtype != "auto" and impl.kv_cache_dtype not in _fp8_names(impl):
         return "kv_cache_dtype"
+    if not MIN_HEAD_SIZE <= impl.head_size <= MAX_HEAD_SIZE:
+        return "head_size"
     if getattr(impl, "chunk_lookback", -1) != -1:
         return "chunked_local"
     if not impl.scale > 0:

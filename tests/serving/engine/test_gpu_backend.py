@@ -94,6 +94,7 @@ def impl(of: type = object, **changes: Any) -> Any:
         "alibi_slopes": None,
         "attn_type": "decoder",
         "kv_cache_dtype": "auto",
+        "head_size": 128,
         "chunk_lookback": -1,
         "scale": 0.1,
         **changes,
@@ -113,11 +114,32 @@ def impl(of: type = object, **changes: Any) -> Any:
         ({"chunk_lookback": 2}, "chunked_local"),
         ({"scale": 0.0}, "scale"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype"),  # a cache of another dtype than the queries
+        ({"head_size": 256}, None),
+        ({"head_size": 512}, "head_size"),
         ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype"),
     ],
 )
 def test_layers_are_refused_by_their_features(changes: dict[str, Any], reason: str | None) -> None:
     assert gpu_backend.layer_refusal(impl(**changes)) == reason
+
+
+def test_the_limits_of_the_kernel_are_those_that_layers_are_refused_by() -> None:
+    from relay_kernels.relay_attention import triton_relay
+
+    ours, theirs = ((module.MIN_HEAD_SIZE, module.MAX_HEAD_SIZE) for module in (gpu_backend, triton_relay))
+    assert ours == theirs
+
+
+def test_a_step_that_is_not_causal_ends_with_what_to_do(plans: GpuPlans) -> None:
+    """Nothing may fall back in silence: a graph that holds our kernel would run from the plan of another step."""
+    builder = object.__new__(gpu_backend.RelayTritonBuilder)
+    builder.plans = plans
+    step = SimpleNamespace(num_reqs=2, num_actual_tokens=2, causal=False)
+    with pytest.raises(ValueError, match=r"causal False, which .* start with --relay-gpu-kernel off"):
+        builder._plan(step)
+    step.num_reqs = 1
+    assert builder._plan(step) is None
 
 
 def test_caches_of_eight_bits_are_ours_where_vllms_kernel_takes_the_same_queries() -> None:
@@ -141,20 +163,18 @@ def test_no_promise_is_inherited_that_does_not_hold() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make_model", "shared_group"),
+    ("make_model", "has"),
     [(tiny_llama, "plain"), (tiny_gemma2, "soft cap and windows"), (tiny_gpt_oss, "sinks and windows")],
     ids=["llama", "gemma2", "gpt-oss"],
 )
-def test_engines_that_plan_on_the_device_say_what_stock_says(
-    tmp_path: Path, make_model: Any, shared_group: str
-) -> None:
+def test_engines_that_plan_on_the_device_say_what_stock_says(tmp_path: Path, make_model: Any, has: str) -> None:
     model = make_model(tmp_path / "model")
     prompts = [prompt for i, prompt in enumerate(TREE["prompts"]) if i in (0, 1, 2, 8, 9, 13)]
     scenario = {"name": "tree", "prompts": prompts, "arrivals": [0, 2, 2, 0, 3, 4], "max_tokens": 8, "logprobs": 2}
     engine = {**ENGINE, "model": str(model), "kv_cache_memory_bytes": 32 << 20}
     stock = run_engine(tmp_path, "stock", engine, [scenario], IN_PROCESS)["results"]["tree"]
     job = {
-        "name": shared_group,
+        "name": has,
         "engine": {**engine, "worker_extension_cls": "interpreted_gpu_backend.Probe"},
         "scenarios": [scenario],
         "calls": [["write_plans", [str(tmp_path / "plans.json")]]],
