@@ -25,8 +25,28 @@ from relay_benchmarks.serve import SERVE_COLUMNS, Report, Round, ServeOptions, T
 from relay_benchmarks.server_metrics import Reading
 from relay_benchmarks.servers import Server, flags_of, words_of
 from relay_benchmarks.sides import Side
-from relay_benchmarks.traffic import Workload
+from relay_benchmarks.traffic import Ask, Workload
 from relay_serving import embedded_model
+
+
+def test_rates_are_over_the_time_of_all_rounds() -> None:
+    """And percentiles over the requests of all: two rounds of one request each, 5 tokens in 1 and in 3 seconds."""
+    Output = load.request_functions().RequestFuncOutput
+    rounds = []
+    for seconds, first in ((1.0, 0.2), (3.0, 0.6)):
+        output = Output(
+            success=True, latency=seconds, output_tokens=5, ttft=first, itl=[(seconds - first) / 4] * 4, prompt_len=10
+        )
+        (sample,) = load.samples_of([Ask("", "Why?")], Api.COMPLETIONS, 5)
+        rounds.append(Answered([sample], [output], seconds))
+    found = load.metrics_of(rounds, {"ttft": 300.0})
+    assert found["output_tokens_per_second"] == pytest.approx(10 / 4)
+    assert found["requests_per_second"] == pytest.approx(2 / 4)
+    assert found["goodput"] == pytest.approx(1 / 4)
+    assert found["ttft_p50_ms"] == pytest.approx(400)
+    assert found["tpot_p50_ms"] == pytest.approx(400)
+    assert found["e2el_p90_ms"] == pytest.approx(2800)
+
 
 # ---------------------------------------------------------------- options
 

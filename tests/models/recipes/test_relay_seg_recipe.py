@@ -21,6 +21,7 @@ from relay_models.recipes.text4seg.relay_seg_recipe import (
     _check_run,
     _feature_process,
     _run_processes,
+    begun_from,
     class_names,
     on_gpu,
     photo_weights,
@@ -69,6 +70,26 @@ def test_photos_of_two_folders_or_none_are_refused(tmp_path: Path) -> None:
         train_relay_seg(recipe, photos)
     with pytest.raises(RelayModelsError, match="variants must be at least 1, got 0"):
         replace(recipe, variants=0)
+
+
+def test_classes_that_would_never_be_seen_are_named(tmp_path: Path) -> None:
+    """Without a warm-up nobody would teach the projector: of classes that are new, or of all if it begins anew."""
+    from relay_serving import embedded_model
+
+    base = embedded_model.folder()
+    if not (embedded_model.is_ready(base) and embedded_model.WEIGHTS.exists()):
+        pytest.skip("SmolLM2 was not prepared here, or this release brings no weights")
+    photos = make_photos(tmp_path)
+    recipe = begun_from(RelaySegRecipe(tmp_path / "run", base, tmp_path), embedded_model.WEIGHTS)
+    recipe = replace(recipe, warmup=WarmupOptions(minutes=0))
+    with pytest.raises(RelayModelsError, match="without a warm-up of the projector circle, square would never be seen"):
+        train_relay_seg(recipe, photos)
+    known = [replace(photo, instances=(replace(photo.instances[0], label="cat"),), absent=()) for photo in photos]
+    with pytest.raises(RelayModelsError, match="without a warm-up of the projector cat would never be seen"):
+        train_relay_seg(replace(recipe, sees_anew=True), known)
+    with pytest.raises(RelayModelsError, match="sees_anew is about a start, and there is none"):
+        RelaySegRecipe(tmp_path / "run", base, tmp_path, sees_anew=True)
+    assert not recipe.output.exists()
 
 
 @pytest.mark.parametrize(
